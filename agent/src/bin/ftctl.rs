@@ -1,0 +1,5 @@
+//! ftctl: see `ftd::cli`.
+
+fn main() -> std::process::ExitCode {
+    ftd::cli::main()
+}

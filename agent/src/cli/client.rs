@@ -1,0 +1,167 @@
+//! HTTP over ftd's unix socket.
+
+use std::{io, path::PathBuf};
+
+use http_body_util::{BodyExt as _, Full};
+use hyper::{
+    Method, Request, Response,
+    body::{Bytes, Incoming},
+    client::conn::http1,
+    header::{CONTENT_TYPE, HOST},
+};
+use hyper_util::rt::TokioIo;
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::net::UnixStream;
+
+use crate::control::{EventsQuery, Refusal};
+
+/// Why a command did not do what it should.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Failure {
+    /// Nobody answers on the socket.
+    #[error("ftd cannot be reached at {}: {cause}\n  mend: {mend}", socket.display())]
+    Unreachable { socket: PathBuf, cause: String, mend: &'static str },
+    /// ftd says no.
+    #[error("{}\n  mend: {}", .0.error, .0.mend)]
+    Refused(Refusal),
+    /// Something went wrong on this side.
+    #[error("{0}")]
+    Local(String),
+}
+
+impl Failure {
+    pub(super) fn exit_code(&self) -> u8 {
+        match self {
+            Self::Unreachable { .. } => 3,
+            Self::Refused(_) | Self::Local(_) => 1,
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Client {
+    socket: PathBuf,
+}
+
+impl Client {
+    pub(super) fn new(socket: &std::path::Path) -> Self {
+        Self { socket: socket.into() }
+    }
+
+    fn unreachable(&self, cause: &io::Error) -> Failure {
+        let mend = match cause.kind() {
+            io::ErrorKind::PermissionDenied => "run as root, or as a member of the group ftd",
+            _ => "start it: systemctl start ftd (and see: journalctl -u ftd)",
+        };
+        let cause = match cause.kind() {
+            io::ErrorKind::NotFound => "there is no such socket: ftd is not running".to_owned(),
+            io::ErrorKind::ConnectionRefused => "nobody listens there: ftd is not running".to_owned(),
+            _ => cause.to_string(),
+        };
+        Failure::Unreachable { socket: self.socket.clone(), cause, mend }
+    }
+
+    async fn request(
+        &self,
+        method: Method,
+        path: &str,
+        body: Vec<u8>,
+    ) -> Result<Response<Incoming>, Failure> {
+        let stream = UnixStream::connect(&self.socket).await.map_err(|error| self.unreachable(&error))?;
+        let broken = |error: hyper::Error| self.unreachable(&io::Error::other(error));
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
+        // It ends when the response has been read or the program does.
+        tokio::spawn(connection);
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(HOST, "ftd")
+            .header(CONTENT_TYPE, "application/json")
+            .body(Full::new(Bytes::from(body)))
+            .map_err(|error| Failure::Local(error.to_string()))?;
+        let response = sender.send_request(request).await.map_err(broken)?;
+        if response.status().is_success() {
+            return Ok(response);
+        }
+        let status = response.status();
+        let text = response.into_body().collect().await.map_err(broken)?.to_bytes();
+        let refusal = serde_json::from_slice(&text).unwrap_or_else(|_| Refusal {
+            error: format!("{status}: {}", String::from_utf8_lossy(&text)),
+            mend: "ftctl and ftd are of different versions?".into(),
+        });
+        Err(Failure::Refused(refusal))
+    }
+
+    async fn answer<T: DeserializeOwned>(&self, response: Response<Incoming>) -> Result<T, Failure> {
+        let body = response.into_body().collect().await;
+        let body = body.map_err(|error| self.unreachable(&io::Error::other(error)))?.to_bytes();
+        serde_json::from_slice(&body).map_err(|error| {
+            Failure::Local(format!("ftd's answer makes no sense: {error}; are ftctl and ftd of one version?"))
+        })
+    }
+
+    pub(super) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
+        let response = self.request(Method::GET, path, Vec::new()).await?;
+        self.answer(response).await
+    }
+
+    pub(super) async fn post(&self, path: &str, body: &impl Serialize) -> Result<serde_json::Value, Failure> {
+        let body = serde_json::to_vec(body).map_err(|error| Failure::Local(error.to_string()))?;
+        let response = self.request(Method::POST, path, body).await?;
+        self.answer(response).await
+    }
+
+    /// Reads a stream of lines to its end.
+    pub(super) async fn lines(
+        &self,
+        path: &str,
+        query: &EventsQuery,
+        mut each: impl FnMut(&str),
+    ) -> Result<(), Failure> {
+        let mut parameters = vec![format!("follow={}", query.follow)];
+        parameters.extend(query.since.map(|since| format!("since={since}")));
+        parameters.extend(query.unit.as_ref().map(|unit| format!("unit={}", percent(unit))));
+        parameters.extend(query.last.map(|last| format!("last={last}")));
+        let path = format!("{path}?{}", parameters.join("&"));
+        let mut body = self.request(Method::GET, &path, Vec::new()).await?.into_body();
+        let mut rest = Vec::new();
+        while let Some(frame) = body.frame().await {
+            let frame = frame.map_err(|error| self.unreachable(&io::Error::other(error)))?;
+            let Ok(data) = frame.into_data() else { continue };
+            rest.extend_from_slice(&data);
+            while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = rest.drain(..=end).collect();
+                each(String::from_utf8_lossy(&line).trim_end());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Everything but letters, digits and `-_.@:` as %XX: enough for names of units.
+fn percent(text: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.@:".contains(&byte);
+    let each = text.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") });
+    each.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_units_go_through_a_query() {
+        assert_eq!(percent("getty@tty1.service"), "getty@tty1.service");
+        assert_eq!(percent("a b\\x2d&c"), "a%20b%5Cx2d%26c");
+    }
+
+    #[tokio::test]
+    async fn without_ftd_it_says_so_and_how_to_start_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let client = Client::new(&dir.path().join("ftd.sock"));
+        let failure = client.get::<serde_json::Value>("/v1/status").await.unwrap_err();
+        assert_eq!(failure.exit_code(), 3);
+        let text = failure.to_string();
+        assert!(text.contains("ftd is not running") && text.contains("systemctl start ftd"), "{text}");
+    }
+}

@@ -1,0 +1,312 @@
+//! What people see.
+
+use std::io::{IsTerminal as _, Write as _};
+
+use comfy_table::{Table, presets};
+use serde_json::Value;
+
+use super::client::Failure;
+use crate::{
+    control::{
+        Status,
+        doctor::{Finding, Grade},
+    },
+    event::{Decision, Event, Healer, Kind, Process},
+    heal::{machine::Phase, supervisor::UnitStatus},
+    inject::Record,
+};
+
+#[derive(Clone, Copy)]
+enum Colour {
+    Red = 31,
+    Green = 32,
+    Yellow = 33,
+    Grey = 90,
+}
+
+/// Colours only for a terminal, and not where NO_COLOR is set (see no-color.org).
+fn paint(text: &str, colour: Colour) -> String {
+    let wanted = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
+    if wanted { format!("\x1b[{}m{text}\x1b[0m", colour as u8) } else { text.to_owned() }
+}
+
+/// A line on standard output. A reader who has left (`ftctl events | head`) ends the program.
+pub(super) fn line(text: &str) {
+    if writeln!(std::io::stdout(), "{text}").is_err() {
+        std::process::exit(0);
+    }
+}
+
+pub(super) fn json(value: &impl serde::Serialize) -> Result<(), Failure> {
+    let text = serde_json::to_string_pretty(value).map_err(|error| Failure::Local(error.to_string()))?;
+    line(&text);
+    Ok(())
+}
+
+pub(super) fn config(value: &Value) -> Result<(), Failure> {
+    // What is not set is null in JSON, and absent in TOML.
+    fn without_null(value: &Value) -> Value {
+        match value {
+            Value::Object(map) => {
+                map.iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k.clone(), without_null(v))).collect()
+            }
+            Value::Array(all) => all.iter().map(without_null).collect(),
+            other => other.clone(),
+        }
+    }
+    let text =
+        toml::to_string_pretty(&without_null(value)).map_err(|error| Failure::Local(error.to_string()))?;
+    line(text.trim_end());
+    Ok(())
+}
+
+fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(header.iter().map(|h| paint(h, Colour::Grey)));
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    table
+}
+
+fn time(at: jiff::Timestamp) -> String {
+    at.to_zoned_datetime(jiff::tz::TimeZone::system()).strftime("%m-%d %H:%M:%S%.3f").to_string()
+}
+
+fn seconds(s: u64) -> String {
+    humantime::format_duration(std::time::Duration::from_secs(s)).to_string()
+}
+
+fn took(ms: u64) -> String {
+    if ms < 10_000 { format!("{ms} ms") } else { seconds(ms / 1000) }
+}
+
+pub(super) fn status(status: &Status) {
+    let probe = match &status.probe.cause {
+        None => format!("eBPF, reader {}", status.probe.realtime),
+        Some(cause) => paint(&format!("{} (no eBPF: {cause})", status.probe.source), Colour::Yellow),
+    };
+    let systemd =
+        if status.systemd { "connected".to_owned() } else { paint("cannot be reached", Colour::Red) };
+    line(&format!(
+        "{}  ftd {} (pid {}) since {}\nprobe: {probe}; systemd: {systemd}\n",
+        status.node,
+        status.version,
+        status.pid,
+        time(status.started)
+    ));
+    let mut rows = table(&["UNIT", "STATE", "SINCE", "MAIN", "HEALTH", "STARTS", "OUTAGES", "LAST OUTAGE"]);
+    for unit in &status.units {
+        rows.add_row(row(unit));
+    }
+    if status.units.is_empty() {
+        line("nothing is under care: add a [[workload]] to /etc/ftd/ftd.toml, see ftd.toml(5)");
+    } else {
+        line(&rows.trim_fmt());
+    }
+    if !status.faults.is_empty() {
+        line("");
+        faults(&status.faults);
+    }
+    for (place, count) in status.probe.drops.iter().filter(|(_, count)| *count > 0) {
+        line(&paint(&format!("lost: {count} events ({place})"), Colour::Yellow));
+    }
+}
+
+fn row(unit: &UnitStatus) -> [String; 8] {
+    let phase = format!("{:?}", unit.phase).to_lowercase();
+    let state = match (unit.phase, &unit.outage) {
+        _ if unit.load_state != "loaded" && !unit.load_state.is_empty() => {
+            paint(&unit.load_state, Colour::Red)
+        }
+        (Phase::Up, None) => paint("up", Colour::Green),
+        (Phase::Up, Some(cause)) => paint(&format!("up, {cause:?} not over"), Colour::Yellow),
+        (Phase::Failed, _) => paint("failed", Colour::Red),
+        (Phase::Left, _) => paint("stopped", Colour::Grey),
+        (_, Some(cause)) => paint(&format!("{phase} ({cause:?})"), Colour::Yellow),
+        (_, None) => paint(&format!("{phase} ({})", unit.active_state), Colour::Yellow),
+    };
+    let state = match &unit.held {
+        Some(held) => {
+            let until = held.until.map(|until| format!(" until {}", time(until))).unwrap_or_default();
+            format!("{state}, {}", paint(&format!("held{until}"), Colour::Yellow))
+        }
+        None => state,
+    };
+    let health = match &unit.health {
+        None => "-".to_owned(),
+        Some(health) if health.failures > 0 => paint(&format!("{} failed", health.failures), Colour::Red),
+        Some(health) if !health.proven => paint("never yet", Colour::Yellow),
+        Some(_) => paint("ok", Colour::Green),
+    };
+    let last = match &unit.last {
+        None => "-".to_owned(),
+        Some(last) => {
+            let cause = format!("{:?}", last.cause);
+            format!("{cause}, {} at {}", took(last.took_ms), time(last.healed))
+        }
+    };
+    let name = match &unit.alias {
+        Some(alias) => format!("{} ({alias})", unit.unit),
+        None => unit.unit.clone(),
+    };
+    [
+        name,
+        state,
+        seconds(unit.phase_s),
+        if unit.main_pid == 0 { "-".into() } else { unit.main_pid.to_string() },
+        health,
+        format!("{}/{}", unit.attempts, unit.attempts_max),
+        unit.outages.to_string(),
+        last,
+    ]
+}
+
+pub(super) fn faults(faults: &[Record]) {
+    if faults.is_empty() {
+        line("no fault is under way");
+        return;
+    }
+    let mut rows = table(&["FAULT", "UNIT", "WHAT", "BEGAN", "ENDS"]);
+    for fault in faults {
+        let ends = fault.ends.map_or("-".into(), time);
+        rows.add_row([&fault.id, &fault.unit, &fault.detail, &time(fault.begun), &ends]);
+    }
+    line(&rows.trim_fmt());
+}
+
+pub(super) fn findings(findings: &[Finding]) {
+    for finding in findings {
+        let grade = match finding.grade {
+            Grade::Ok => paint("ok  ", Colour::Green),
+            Grade::Warn => paint("warn", Colour::Yellow),
+            Grade::Fail => paint("FAIL", Colour::Red),
+        };
+        line(&format!("{grade}  {}: {}", finding.thing, finding.found));
+        if !finding.mend.is_empty() {
+            line(&format!("      mend: {}", finding.mend));
+        }
+    }
+}
+
+fn text<'a>(value: &'a Value, key: &str) -> &'a str {
+    value.get(key).and_then(Value::as_str).unwrap_or("?")
+}
+
+pub(super) fn held(answer: &Value) {
+    let until = answer.get("until").and_then(Value::as_str).and_then(|t| t.parse().ok());
+    let until = until.map_or_else(|| format!("it is released: ftctl release {}", text(answer, "unit")), time);
+    line(&format!("{} is held until {until}", text(answer, "unit")));
+}
+
+pub(super) fn released(answer: &Value) {
+    line(&format!("{} is in ftd's hands", text(answer, "unit")));
+}
+
+pub(super) fn recovered(answer: &Value) {
+    line(&format!("{} faults are being undone", answer.get("ended").unwrap_or(&Value::Null)));
+}
+
+pub(super) fn injected(record: &Record) {
+    let until = record.ends.map(|ends| format!(", ends by {}", time(ends))).unwrap_or_default();
+    line(&format!("{}: {}{until}  (fault {})", record.unit, record.detail, record.id));
+    line("see: ftctl events --follow");
+}
+
+pub(super) fn event(event: &Event) {
+    let op = event.op.map(|op| op.to_string()).unwrap_or_default();
+    let unit = event.unit.as_deref().unwrap_or("-");
+    let (what, colour) = describe(&event.kind);
+    let what = colour.map_or_else(|| what.clone(), |colour| paint(&what, colour));
+    line(&format!("{}  {op:>7}  {unit:<20}  {what}", time(event.time)));
+}
+
+fn who(process: &Process) -> String {
+    format!("{} (pid {}, uid {})", process.comm, process.pid, process.uid)
+}
+
+/// An event in one line, and the colour of its mood.
+fn describe(kind: &Kind) -> (String, Option<Colour>) {
+    use Colour::{Green, Grey, Red, Yellow};
+    match kind {
+        Kind::AgentStarted { version, pid, resumed } => {
+            let resumed = if *resumed { ", taking up where the last one was" } else { "" };
+            (format!("ftd {version} started (pid {pid}){resumed}"), None)
+        }
+        Kind::AgentStopped {} => ("ftd stopped".into(), None),
+        Kind::ProbeReady { source, realtime, missing } => {
+            let missing: String = missing.iter().map(|m| format!("\n      missing: {m}")).collect();
+            (format!("watching through {source}, reader {realtime}{missing}"), None)
+        }
+        Kind::ProbeUnavailable { cause } => (format!("no eBPF: {cause}"), Some(Yellow)),
+        Kind::EventsDropped { place, count } => (format!("{count} events lost ({place})"), Some(Yellow)),
+        Kind::BusLost { cause } => (format!("systemd cannot be reached: {cause}"), Some(Red)),
+        Kind::BusBack { away_ms } => (format!("systemd answers again after {}", took(*away_ms)), Some(Green)),
+        Kind::JournalBlocked { cause } => (format!("the journal cannot be written: {cause}"), Some(Red)),
+        Kind::JournalBack { late, lost } => {
+            (format!("the journal is written again: {late} late, {lost} lost"), Some(Green))
+        }
+        Kind::JournalRepaired { file, bytes } => {
+            (format!("{file}: damaged, {bytes} bytes cut"), Some(Yellow))
+        }
+        Kind::UnitProblem { problem, mend } => (format!("{problem}\n      mend: {mend}"), Some(Red)),
+        Kind::UnitFound { alias: Some(alias) } => (format!("found: systemd's name for {alias}"), None),
+        Kind::UnitFound { alias: None } => ("found".into(), Some(Green)),
+        Kind::ProcessDied { process, main, status, sender, oom, max_rss, .. } => {
+            let how = status.map_or("ended".into(), |status| format!("ended with {status}"));
+            let by = sender.as_ref().map(|s| format!(", sent by {}", who(s))).unwrap_or_default();
+            let oom = if *oom { ", chosen by the OOM killer" } else { "" };
+            let main = if *main { "main process " } else { "" };
+            let rss = if *max_rss > 0 { format!(", {} MiB at most", max_rss >> 20) } else { String::new() };
+            (format!("{main}{} {how}{by}{oom}{rss}", who(process)), Some(Grey))
+        }
+        Kind::OomKill { process, limit, rss, .. } => {
+            let limit = limit.map(|limit| format!(", limit {} MiB", limit >> 20)).unwrap_or_default();
+            (format!("OOM killer chose {} ({} MiB{limit})", who(process), rss >> 20), Some(Red))
+        }
+        Kind::Down { cause, detail } => (format!("DOWN {cause:?}: {detail}"), Some(Red)),
+        Kind::Decided { action, why, attempt, delay_ms, after_us } => {
+            let action = match action {
+                Decision::Start | Decision::Restart if *delay_ms > 0 => {
+                    format!("{action:?} in {} (attempt {attempt})", took(*delay_ms))
+                }
+                Decision::Start | Decision::Restart => format!("{action:?} (attempt {attempt})"),
+                other => format!("{other:?}"),
+            };
+            (format!("decided after {after_us} us: {action}: {why}"), None)
+        }
+        Kind::Healed { by, took_ms, main_pid } => {
+            let by = match by {
+                Healer::Ftd => "ftd",
+                Healer::Systemd => "systemd",
+                Healer::Other => "somebody else",
+            };
+            (format!("HEALED by {by} in {} (pid {main_pid})", took(*took_ms)), Some(Green))
+        }
+        Kind::HealFailed { attempt, error } => (format!("attempt {attempt} failed: {error}"), Some(Red)),
+        Kind::Failed { attempts, within_ms, mend } => {
+            let text = format!("GIVEN UP after {attempts} attempts within {}", took(*within_ms));
+            (format!("{text}\n      mend: {mend}"), Some(Red))
+        }
+        Kind::Left { why } => (format!("left down: {why}"), Some(Yellow)),
+        Kind::Started { main_pid } => (format!("started by somebody (pid {main_pid})"), Some(Green)),
+        Kind::Held { until, reason } => {
+            let until = until.map(|until| format!(" until {}", time(until))).unwrap_or_default();
+            let reason = reason.as_ref().map(|r| format!(": {r}")).unwrap_or_default();
+            (format!("held{until}{reason}"), Some(Yellow))
+        }
+        Kind::Released { by } => (format!("released ({by})"), None),
+        Kind::HealthFailed { check, error, failures, proven } => {
+            let consequence = if *proven {
+                ""
+            } else {
+                "\n      it has never succeeded, so nothing is restarted for it: check the address"
+            };
+            (format!("health check failed {failures} times: {check}: {error}{consequence}"), Some(Red))
+        }
+        Kind::HealthBack { check } => (format!("health check succeeds again: {check}"), Some(Green)),
+        Kind::FaultInjected { id, detail, .. } => (format!("FAULT {id}: {detail}"), Some(Yellow)),
+        Kind::FaultUndone { id, why } => (format!("fault {id} is over ({why})"), None),
+        Kind::FaultTrouble { id, error } => (format!("fault {id}: {error}"), Some(Red)),
+    }
+}

@@ -1,0 +1,598 @@
+//! `/etc/ftd/ftd.toml`: what an operator says.
+//!
+//! Every time limit and threshold of ftd is here, with its default in the `Default` of its section,
+//! so that an empty file is a whole configuration. Errors name the file, the line, the cause and
+//! the mend; an unknown key names the nearest known one. Values that depend on each other are checked
+//! together, and the error prints the inequality.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use bytesize::ByteSize;
+use serde::{Deserialize, Serialize};
+use toml::Spanned;
+
+mod explain;
+pub use explain::{ConfigError, Problem};
+
+/// Where the packaged configuration lives.
+pub const DEFAULT_PATH: &str = "/etc/ftd/ftd.toml";
+
+/// The whole configuration, validated.
+#[derive(Debug, Clone, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// This host.
+    pub node: Node,
+    /// The API on a unix socket.
+    pub api: Api,
+    /// The read-only status on TCP.
+    pub status: Status,
+    /// The event journal.
+    pub journal: Journal,
+    /// The kernel probes.
+    pub probe: Probe,
+    /// How services are brought back.
+    pub heal: Heal,
+    /// Faults on purpose.
+    pub inject: Inject,
+    /// What is under care.
+    #[serde(rename = "workload")]
+    pub workloads: Vec<Workload>,
+}
+
+/// `[node]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Node {
+    /// Name of this host in events; the kernel's host name when empty.
+    pub name: String,
+    /// Journal, holds and undo records live here.
+    pub state_dir: PathBuf,
+}
+
+impl Default for Node {
+    fn default() -> Self {
+        Self { name: String::new(), state_dir: "/var/lib/ftd".into() }
+    }
+}
+
+/// `[api]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Api {
+    /// The socket that ftctl talks to.
+    pub socket: PathBuf,
+    /// The group that may use it, besides root.
+    pub group: String,
+}
+
+impl Default for Api {
+    fn default() -> Self {
+        Self { socket: "/run/ftd/ftd.sock".into(), group: "ftd".into() }
+    }
+}
+
+/// `[status]`
+#[derive(Debug, Clone, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Status {
+    /// Address for `/healthz` and the status as JSON, for reading only; off when absent.
+    pub listen: Option<SocketAddr>,
+}
+
+/// `[journal]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Journal {
+    /// All segments together never exceed this. At least 1 MiB.
+    pub max_size: ByteSize,
+}
+
+impl Default for Journal {
+    fn default() -> Self {
+        Self { max_size: ByteSize::mib(64) }
+    }
+}
+
+/// `[probe]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Probe {
+    /// Use eBPF. Without it ftd watches through pidfds and D-Bus.
+    pub ebpf: bool,
+    /// Buffer between kernel and ftd; a power of two, at least one page.
+    pub ring: ByteSize,
+    /// SCHED_FIFO priority of the thread that reads it, 1 to 99; 0 for none.
+    pub realtime: u8,
+    /// Tell of abnormal deaths outside the units under care too.
+    pub elsewhere: bool,
+    /// How many of these per minute become events; the rest is counted.
+    pub elsewhere_per_minute: u32,
+}
+
+impl Default for Probe {
+    fn default() -> Self {
+        Self { ebpf: true, ring: ByteSize::mib(4), realtime: 10, elsewhere: true, elsewhere_per_minute: 60 }
+    }
+}
+
+/// `[heal]`: how a service that is down is brought back.
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Heal {
+    /// At most this many start attempts `within`; one more and the unit is `failed`, until a person acts.
+    pub restarts: u32,
+    /// The window of `restarts`.
+    #[serde(with = "humantime_serde")]
+    pub within: Duration,
+    /// Wait before the second attempt in a row; the first is immediate. Doubled for each further one.
+    #[serde(with = "humantime_serde")]
+    pub backoff: Duration,
+    /// The longest wait.
+    #[serde(with = "humantime_serde")]
+    pub backoff_max: Duration,
+    /// A service that has been up this long has settled: back-off begins anew.
+    #[serde(with = "humantime_serde")]
+    pub settle: Duration,
+    /// How long systemd may take for a start before the attempt counts as failed.
+    #[serde(with = "humantime_serde")]
+    pub start_deadline: Duration,
+    /// A hung service is told to stop; if it has not after this long, it is killed.
+    #[serde(with = "humantime_serde")]
+    pub kill_after: Duration,
+    /// How much longer than its own RestartSec= systemd may take to restart a unit by itself, before
+    /// ftd steps in.
+    #[serde(with = "humantime_serde")]
+    pub systemd_grace: Duration,
+}
+
+impl Default for Heal {
+    fn default() -> Self {
+        Self {
+            restarts: 5,
+            within: Duration::from_secs(60),
+            backoff: Duration::from_millis(100),
+            backoff_max: Duration::from_secs(10),
+            settle: Duration::from_secs(10),
+            start_deadline: Duration::from_secs(90),
+            kill_after: Duration::from_secs(2),
+            systemd_grace: Duration::from_secs(2),
+        }
+    }
+}
+
+/// `[workload.heal]`: see [`Heal`], key by key.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+#[allow(missing_docs, reason = "each key is documented in Heal")]
+pub struct HealOverride {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub restarts: Option<u32>,
+    #[serde(with = "humantime_serde", skip_serializing_if = "Option::is_none")]
+    pub within: Option<Duration>,
+    #[serde(with = "humantime_serde", skip_serializing_if = "Option::is_none")]
+    pub backoff: Option<Duration>,
+    #[serde(with = "humantime_serde", skip_serializing_if = "Option::is_none")]
+    pub backoff_max: Option<Duration>,
+    #[serde(with = "humantime_serde", skip_serializing_if = "Option::is_none")]
+    pub settle: Option<Duration>,
+    #[serde(with = "humantime_serde", skip_serializing_if = "Option::is_none")]
+    pub start_deadline: Option<Duration>,
+    #[serde(with = "humantime_serde", skip_serializing_if = "Option::is_none")]
+    pub kill_after: Option<Duration>,
+    #[serde(with = "humantime_serde", skip_serializing_if = "Option::is_none")]
+    pub systemd_grace: Option<Duration>,
+}
+
+impl HealOverride {
+    /// `base`, with what is said here instead.
+    pub fn over(&self, base: &Heal) -> Heal {
+        Heal {
+            restarts: self.restarts.unwrap_or(base.restarts),
+            within: self.within.unwrap_or(base.within),
+            backoff: self.backoff.unwrap_or(base.backoff),
+            backoff_max: self.backoff_max.unwrap_or(base.backoff_max),
+            settle: self.settle.unwrap_or(base.settle),
+            start_deadline: self.start_deadline.unwrap_or(base.start_deadline),
+            kill_after: self.kill_after.unwrap_or(base.kill_after),
+            systemd_grace: self.systemd_grace.unwrap_or(base.systemd_grace),
+        }
+    }
+}
+
+/// `[inject]`
+#[derive(Debug, Clone, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Inject {
+    /// Whether `ftctl inject` may break things on this host. Off in the packaged configuration.
+    pub enabled: bool,
+}
+
+/// `[[workload]]`: units that belong together.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Workload {
+    /// Its name.
+    pub name: Spanned<String>,
+    /// Its systemd units, in the order in which they start. `.service` may be left out.
+    pub units: Vec<Spanned<String>>,
+    /// What to do when somebody stops a unit.
+    #[serde(default)]
+    pub on_stop: OnStop,
+    /// What to do when a unit ends without an error and without being told to.
+    #[serde(default = "restart")]
+    pub on_exit: OnStop,
+    /// How to find out whether it serves: `http://host:port/path`, `tcp://host:port`, or
+    /// `exec:/path/to/command args`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health: Option<Spanned<String>>,
+    /// The unit that is restarted when the check fails; needed where there are several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health_unit: Option<Spanned<String>>,
+    /// Time between checks.
+    #[serde(default = "health_every", with = "humantime_serde")]
+    pub health_every: Duration,
+    /// How long one check may take.
+    #[serde(default = "health_deadline", with = "humantime_serde")]
+    pub health_deadline: Duration,
+    /// Failures in a row that mean `hung`.
+    #[serde(default = "health_failures")]
+    pub health_failures: u32,
+    /// Failures do not count for this long after a start.
+    #[serde(default = "health_grace", with = "humantime_serde")]
+    pub health_grace: Duration,
+    /// `[workload.heal]`: this workload's own figures; what is left out is as in `[heal]`.
+    #[serde(default)]
+    pub heal: HealOverride,
+}
+
+fn restart() -> OnStop {
+    OnStop::Restart
+}
+fn health_every() -> Duration {
+    Duration::from_secs(2)
+}
+fn health_deadline() -> Duration {
+    Duration::from_secs(2)
+}
+fn health_failures() -> u32 {
+    3
+}
+fn health_grace() -> Duration {
+    Duration::from_secs(5)
+}
+
+/// `on_stop`, `on_exit`
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnStop {
+    /// Start it again.
+    Restart,
+    /// It was wanted: leave it.
+    #[default]
+    Respect,
+}
+
+/// How to find out whether a service serves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Check {
+    /// GET this; 2xx and 3xx are good.
+    Http {
+        /// `host:port`
+        authority: String,
+        /// Path and query.
+        path: String,
+    },
+    /// Connect to `host:port`.
+    Tcp(String),
+    /// Run this; exit code 0 is good.
+    Exec(Vec<String>),
+}
+
+impl Check {
+    /// Reads `http://host[:port]/path`, `tcp://host:port`, `exec:/path args`.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let with_port = |authority: &str, default: Option<u16>| {
+            let (host, port) = match authority.rsplit_once(':') {
+                Some((host, port)) if !port.ends_with(']') => {
+                    (host, Some(port.parse::<u16>().map_err(|_| format!("\"{port}\" is no port"))?))
+                }
+                _ => (authority, default),
+            };
+            match port {
+                _ if host.is_empty() => Err("the host is missing".to_owned()),
+                None | Some(0) => Err("the port is missing".to_owned()),
+                Some(port) => Ok(format!("{host}:{port}")),
+            }
+        };
+        if let Some(rest) = text.strip_prefix("http://") {
+            let (authority, path) = rest.find('/').map_or((rest, "/"), |at| rest.split_at(at));
+            Ok(Self::Http { authority: with_port(authority, Some(80))?, path: path.to_owned() })
+        } else if let Some(rest) = text.strip_prefix("tcp://") {
+            Ok(Self::Tcp(with_port(rest, None)?))
+        } else if let Some(rest) = text.strip_prefix("exec:") {
+            let words: Vec<_> = rest.split_whitespace().map(str::to_owned).collect();
+            match words.first() {
+                Some(program) if program.starts_with('/') => Ok(Self::Exec(words)),
+                _ => Err("the command must begin with an absolute path".into()),
+            }
+        } else if text.starts_with("https://") {
+            Err("https is not checked by ftd; use \"tcp://host:port\", or \"exec:\" with a command".into())
+        } else {
+            Err("it begins with none of \"http://\", \"tcp://\", \"exec:\"".into())
+        }
+    }
+}
+
+impl fmt::Display for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Http { authority, path } => write!(f, "http://{authority}{path}"),
+            Self::Tcp(authority) => write!(f, "tcp://{authority}"),
+            Self::Exec(words) => write!(f, "exec:{}", words.join(" ")),
+        }
+    }
+}
+
+/// One unit under care, with all that its workload says of it.
+#[derive(Debug, Clone)]
+pub struct UnitConfig {
+    /// Name with suffix, as it was configured (an alias is resolved later, by systemd).
+    pub name: String,
+    /// Its workload's name.
+    pub workload: String,
+    /// See [`Workload::on_stop`].
+    pub on_stop: OnStop,
+    /// See [`Workload::on_exit`].
+    pub on_exit: OnStop,
+    /// Its health check, if it has one.
+    pub health: Option<HealthConfig>,
+    /// Its healing figures.
+    pub heal: Heal,
+}
+
+/// A health check with its figures; see [`Workload`].
+#[derive(Debug, Clone)]
+pub struct HealthConfig {
+    /// What is asked.
+    pub check: Check,
+    /// Time between checks.
+    pub every: Duration,
+    /// How long one may take.
+    pub deadline: Duration,
+    /// Failures in a row that mean `hung`.
+    pub failures: u32,
+    /// Failures do not count for this long after a start.
+    pub grace: Duration,
+}
+
+/// The unit's name with its suffix: `nginx` means `nginx.service`.
+pub fn unit_name(name: &str) -> String {
+    const SUFFIXES: [&str; 3] = [".service", ".socket", ".mount"];
+    if SUFFIXES.iter().any(|suffix| name.ends_with(suffix)) { name.into() } else { format!("{name}.service") }
+}
+
+impl Config {
+    /// Reads and checks a configuration file.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Unreadable { path: path.into(), source })?;
+        Self::parse(&text, path)
+    }
+
+    /// Checks a configuration text; `path` is for the errors.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text).map_err(|error| ConfigError::of_toml(&error, text, path))?;
+        let problems = config.problems(text);
+        if problems.is_empty() {
+            Ok(config)
+        } else {
+            Err(ConfigError::Invalid { path: path.into(), problems })
+        }
+    }
+
+    /// This host's name in events.
+    pub fn node_name(&self) -> String {
+        if !self.node.name.is_empty() {
+            return self.node.name.clone();
+        }
+        nix::unistd::gethostname()
+            .ok()
+            .and_then(|name| name.into_string().ok())
+            .unwrap_or_else(|| "localhost".into())
+    }
+
+    /// Every unit under care, in the order of the file.
+    pub fn units(&self) -> Vec<UnitConfig> {
+        let mut units = Vec::new();
+        for workload in &self.workloads {
+            let checked = workload.health_unit.as_ref().or(workload.units.first());
+            let checked = checked.map(|name| unit_name(name.as_ref()));
+            let health = workload.health.as_ref().and_then(|text| Check::parse(text.as_ref()).ok());
+            for unit in &workload.units {
+                let name = unit_name(unit.as_ref());
+                let health = health.as_ref().filter(|_| checked.as_ref() == Some(&name));
+                units.push(UnitConfig {
+                    workload: workload.name.as_ref().clone(),
+                    on_stop: workload.on_stop,
+                    on_exit: workload.on_exit,
+                    health: health.map(|check| HealthConfig {
+                        check: check.clone(),
+                        every: workload.health_every,
+                        deadline: workload.health_deadline,
+                        failures: workload.health_failures,
+                        grace: workload.health_grace,
+                    }),
+                    heal: workload.heal.over(&self.heal),
+                    name,
+                });
+            }
+        }
+        units
+    }
+
+    fn problems(&self, text: &str) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        let key = |path: &[&str]| explain::find(text, path);
+        let mut say = |at: Option<usize>, what: String, mend: String| {
+            problems.push(Problem::at(text, at, what, mend));
+        };
+        if self.journal.max_size < ByteSize::mib(1) {
+            say(
+                key(&["journal", "max_size"]),
+                format!("journal.max_size is {}: too small to keep a useful history", self.journal.max_size),
+                "use at least \"1MiB\"".into(),
+            );
+        }
+        let ring = self.probe.ring.as_u64();
+        if !ring.is_power_of_two() || !(4096..=1 << 30).contains(&ring) {
+            say(
+                key(&["probe", "ring"]),
+                format!("probe.ring is {}: the kernel takes powers of two from 4KiB", self.probe.ring),
+                "use for example \"4MiB\"".into(),
+            );
+        }
+        if self.probe.realtime > 99 {
+            say(
+                key(&["probe", "realtime"]),
+                format!("probe.realtime is {}: SCHED_FIFO priorities are 1 to 99", self.probe.realtime),
+                "use 10, or 0 for none".into(),
+            );
+        }
+        check_heal(&self.heal, "heal", key(&["heal"]), &mut say);
+        let (mut names, mut units) = (HashMap::new(), HashMap::<String, (usize, &str)>::new());
+        for workload in &self.workloads {
+            let (name, at) = (workload.name.as_ref().as_str(), workload.name.span().start);
+            if name.is_empty() {
+                say(Some(at), "a workload has an empty name".into(), "give it one, like \"web\"".into());
+            }
+            if let Some(line) = names.insert(name, explain::line_of(text, at)) {
+                say(
+                    Some(at),
+                    format!("workload \"{name}\" is defined twice (first in line {line})"),
+                    "rename one, or put their units together".into(),
+                );
+            }
+            if workload.units.is_empty() {
+                say(
+                    Some(at),
+                    format!("workload \"{name}\" has no units"),
+                    "name at least one, like units = [\"nginx\"]".into(),
+                );
+            }
+            for unit in &workload.units {
+                let (full, at) = (unit_name(unit.as_ref()), unit.span().start);
+                if unit.as_ref().is_empty() || unit.as_ref().contains(['/', ' ', '\n', '\0']) {
+                    say(
+                        Some(at),
+                        format!("\"{}\" is no name of a systemd unit", unit.as_ref()),
+                        "names are like \"nginx\" or \"nginx.service\"; see: systemctl list-units".into(),
+                    );
+                }
+                if let Some((line, other)) = units.insert(full.clone(), (explain::line_of(text, at), name)) {
+                    say(
+                        Some(at),
+                        format!("unit {full} is listed twice (first in workload \"{other}\", line {line})"),
+                        "a unit belongs to one workload: remove one of the two".into(),
+                    );
+                }
+            }
+            if let Some(health) = &workload.health {
+                let at = Some(health.span().start);
+                if let Err(cause) = Check::parse(health.as_ref()) {
+                    say(
+                        at,
+                        format!("health = \"{}\" cannot be used: {cause}", health.as_ref()),
+                        "write \"http://127.0.0.1/\", \"tcp://127.0.0.1:80\" or \"exec:/path/to/command\""
+                            .into(),
+                    );
+                }
+                if workload.units.len() > 1 && workload.health_unit.is_none() {
+                    say(
+                        at,
+                        format!("workload \"{name}\" has several units: which one does the check belong to?"),
+                        format!("add health_unit = \"{}\"", workload.units[0].as_ref()),
+                    );
+                }
+            }
+            if let Some(unit) = &workload.health_unit
+                && !workload.units.iter().any(|u| unit_name(u.as_ref()) == unit_name(unit.as_ref()))
+            {
+                say(
+                    Some(unit.span().start),
+                    format!("health_unit = \"{}\" is not among the workload's units", unit.as_ref()),
+                    "name one of them".into(),
+                );
+            }
+            for (what, zero) in [
+                ("health_every", workload.health_every.is_zero()),
+                ("health_deadline", workload.health_deadline.is_zero()),
+                ("health_failures", workload.health_failures == 0),
+            ] {
+                if zero {
+                    let mend = format!("leave {what} out for its default, or give it a value above zero");
+                    say(Some(at), format!("{what} of workload \"{name}\" is zero"), mend);
+                }
+            }
+            if workload.heal != HealOverride::default() {
+                let heal = workload.heal.over(&self.heal);
+                check_heal(&heal, &format!("heal of workload \"{name}\""), Some(at), &mut say);
+            }
+        }
+        problems
+    }
+}
+
+fn check_heal(
+    heal: &Heal,
+    section: &str,
+    at: Option<usize>,
+    say: &mut impl FnMut(Option<usize>, String, String),
+) {
+    let time = |d: Duration| humantime::format_duration(d).to_string();
+    let zero = [
+        ("within", heal.within),
+        ("backoff", heal.backoff),
+        ("start_deadline", heal.start_deadline),
+        ("kill_after", heal.kill_after),
+    ];
+    for (key, _) in zero.iter().filter(|(_, value)| value.is_zero()) {
+        say(at, format!("{section}.{key} is zero"), "leave it out for its default".into());
+    }
+    if heal.restarts == 0 {
+        let mend = "use 1 or more; to keep ftd from starting a unit, take it out of the configuration";
+        say(at, format!("{section}.restarts is 0: nothing would ever be healed"), mend.into());
+    }
+    if heal.backoff > heal.backoff_max {
+        say(
+            at,
+            format!(
+                "{section}: backoff <= backoff_max does not hold: {} > {}",
+                time(heal.backoff),
+                time(heal.backoff_max)
+            ),
+            "raise backoff_max or lower backoff".into(),
+        );
+    }
+    if heal.kill_after >= heal.start_deadline {
+        say(
+            at,
+            format!(
+                "{section}: kill_after < start_deadline does not hold: {} >= {}: a hung unit's restart \
+                 would count as failed before the unit is killed",
+                time(heal.kill_after),
+                time(heal.start_deadline)
+            ),
+            "raise start_deadline or lower kill_after".into(),
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,115 @@
+use super::*;
+
+fn errors(text: &str) -> String {
+    Config::parse(text, Path::new("ftd.toml")).expect_err("it must be refused").to_string()
+}
+
+#[test]
+fn an_empty_file_is_a_whole_configuration() {
+    let config = Config::parse("", Path::new("ftd.toml")).unwrap();
+    assert_eq!((config.heal.restarts, config.probe.ring), (5, ByteSize::mib(4)));
+    assert!(!config.inject.enabled && config.units().is_empty());
+}
+
+#[test]
+fn a_workload_gives_its_units_all_they_need() {
+    let text = r#"
+        [heal]
+        restarts = 7
+        [[workload]]
+        name = "web"
+        units = ["nginx", "php.service"]
+        on_stop = "restart"
+        health = "http://127.0.0.1:8080/up?x=1"
+        health_unit = "nginx"
+    "#;
+    let units = Config::parse(text, Path::new("ftd.toml")).unwrap().units();
+    assert_eq!(units.iter().map(|u| u.name.as_str()).collect::<Vec<_>>(), ["nginx.service", "php.service"]);
+    assert_eq!((units[0].on_stop, units[0].heal.restarts), (OnStop::Restart, 7));
+    let check = &units[0].health.as_ref().unwrap().check;
+    assert_eq!(check.to_string(), "http://127.0.0.1:8080/up?x=1");
+    assert!(units[1].health.is_none());
+}
+
+#[test]
+fn a_workloads_own_figures_go_before_the_general_ones_key_by_key() {
+    let text = "[heal]\nrestarts = 7\nsettle = \"3s\"\n\
+                [[workload]]\nname = \"w\"\nunits = [\"a\"]\n[workload.heal]\nrestarts = 2\n";
+    let unit = &Config::parse(text, Path::new("ftd.toml")).unwrap().units()[0];
+    assert_eq!((unit.heal.restarts, unit.heal.settle), (2, Duration::from_secs(3)));
+    let text = text.replace("restarts = 2", "backoff = \"1h\"");
+    assert!(errors(&text).contains("heal of workload \"w\": backoff <= backoff_max does not hold"));
+}
+
+#[test]
+fn an_unknown_key_names_line_and_the_nearest_known_one() {
+    insta::assert_snapshot!(errors("[probe]\nrealtme = 3\n"), @r#"
+    ftd.toml:2:1: unknown key "realtme"
+      mend: did you mean "realtime"? Known here: ebpf, ring, realtime, elsewhere, elsewhere_per_minute
+    "#);
+}
+
+#[test]
+fn a_wrong_value_names_the_known_ones() {
+    let text = "[[workload]]\nname = \"w\"\nunits = [\"a\"]\non_stop = \"respct\"\n";
+    insta::assert_snapshot!(errors(text), @r#"
+    ftd.toml:4:11: unknown value "respct"
+      mend: did you mean "respect"? Known here: restart, respect
+    "#);
+}
+
+#[test]
+fn a_wrong_type_names_line_and_column() {
+    let text = errors("[heal]\nrestarts = \"many\"\n");
+    assert!(text.starts_with("ftd.toml:2:12: invalid type: string \"many\", expected u32"), "{text}");
+    assert!(errors("[heal]\nwithin = \"5 parsecs\"\n").contains("durations are text with a unit"));
+    assert!(errors("[journal]\nmax_size = \"big\"\n").starts_with("ftd.toml:2:12:"));
+}
+
+#[test]
+fn a_unit_listed_twice_names_both_places() {
+    let text = "[[workload]]\nname = \"a\"\nunits = [\"nginx\"]\n[[workload]]\nname = \"b\"\nunits = [\"nginx.service\"]\n";
+    insta::assert_snapshot!(errors(text), @r#"
+    ftd.toml:6:10: unit nginx.service is listed twice (first in workload "a", line 3)
+      mend: a unit belongs to one workload: remove one of the two
+    "#);
+}
+
+#[test]
+fn figures_that_contradict_each_other_print_the_inequality() {
+    let text = errors("[heal]\nbackoff = \"20s\"\n");
+    assert!(text.contains("backoff <= backoff_max does not hold: 20s > 10s"), "{text}");
+}
+
+#[test]
+fn all_that_is_wrong_is_said_at_once() {
+    let text = errors("[journal]\nmax_size = \"1KiB\"\n[probe]\nrealtime = 120\nring = \"5MiB\"\n");
+    assert_eq!(text.matches("mend:").count(), 3, "{text}");
+    assert!(text.contains("ftd.toml:2:1:") && text.contains("ftd.toml:4:1:"), "{text}");
+}
+
+#[test]
+fn checks_are_read_and_refused_with_a_reason() {
+    assert_eq!(Check::parse("http://[::1]/x").unwrap().to_string(), "http://[::1]:80/x");
+    assert_eq!(Check::parse("tcp://db:5432").unwrap(), Check::Tcp("db:5432".into()));
+    for (text, cause) in [
+        ("tcp://db", "port is missing"),
+        ("http://:80/", "host is missing"),
+        ("exec:true", "absolute path"),
+        ("https://x/", "https is not checked"),
+        ("ftp://x", "begins with none of"),
+        ("http://x:99999/", "is no port"),
+    ] {
+        let error = Check::parse(text).unwrap_err();
+        assert!(error.contains(cause), "{text}: {error}");
+    }
+}
+
+#[test]
+fn an_unreadable_file_is_said_with_cause_and_mend() {
+    let error = Config::load(Path::new("/nonexistent/ftd.toml")).unwrap_err().to_string();
+    assert!(
+        error.contains("/nonexistent/ftd.toml: cannot be read") && error.contains("mend: write one"),
+        "{error}"
+    );
+}

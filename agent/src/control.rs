@@ -1,0 +1,177 @@
+//! The API: what people and programs may ask of a running ftd.
+//!
+//! All of it on a unix socket, for root and the group `ftd`; the part that only reads also on TCP, where
+//! the configuration names an address. Bodies are JSON; events are a line of JSON each
+//! (`application/x-ndjson`), the same lines that the journal holds.
+
+use std::{sync::Arc, time::Duration};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    config::Config,
+    event::bus::Bus,
+    heal::supervisor::{Supervisor, UnitStatus},
+    inject::{Faults, Record},
+    probe::Source,
+    unit::manager::Systemd,
+};
+
+pub mod doctor;
+pub mod server;
+
+/// All that the API can reach.
+#[derive(Debug)]
+pub struct App {
+    /// The configuration in force.
+    pub config: Config,
+    /// Events.
+    pub bus: Arc<Bus>,
+    /// Units under care.
+    pub supervisor: Arc<Supervisor>,
+    /// systemd.
+    pub systemd: Systemd,
+    /// Faults.
+    pub faults: Arc<Faults>,
+    /// Where deaths are learned from.
+    pub source: Arc<Source>,
+    /// When ftd started.
+    pub started: jiff::Timestamp,
+}
+
+/// What `ftctl status` shows.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Status {
+    /// This node.
+    pub node: String,
+    /// ftd's version.
+    pub version: String,
+    /// ftd's process id.
+    pub pid: u32,
+    /// When ftd started.
+    pub started: jiff::Timestamp,
+    /// Whether systemd can be reached.
+    pub systemd: bool,
+    /// Where deaths are learned from.
+    pub probe: ProbeStatus,
+    /// Units under care.
+    pub units: Vec<UnitStatus>,
+    /// Faults that are not undone yet.
+    pub faults: Vec<Record>,
+}
+
+/// The probe, as `ftctl status` shows it.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct ProbeStatus {
+    /// `ebpf`, `pidfd` or `none`.
+    pub source: String,
+    /// Why not `ebpf`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cause: Option<String>,
+    /// Real-time priority of the reader, or why it has none.
+    pub realtime: String,
+    /// What this kernel lacks.
+    pub missing: Vec<String>,
+    /// Events delivered since ftd started.
+    pub delivered: u64,
+    /// Events lost, by cause, since ftd started.
+    pub drops: Vec<(String, u64)>,
+}
+
+/// `POST /v1/hold`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hold {
+    /// The unit.
+    pub unit: String,
+    /// End after this long, milliseconds; never when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub for_ms: Option<u64>,
+    /// Why, for those who wonder later.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// `POST /v1/release`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Release {
+    /// The unit.
+    pub unit: String,
+}
+
+/// `POST /v1/recover`
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recover {
+    /// The fault; all when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+}
+
+/// The answer when a request cannot be met.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Refusal {
+    /// The thing and the cause.
+    pub error: String,
+    /// The mend.
+    pub mend: String,
+}
+
+/// `GET /v1/events`
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EventsQuery {
+    /// Not before this moment.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since: Option<jiff::Timestamp>,
+    /// Only of this unit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unit: Option<String>,
+    /// Go on with what happens from now on.
+    #[serde(default)]
+    pub follow: bool,
+    /// Only the last so many of what has happened.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last: Option<usize>,
+}
+
+impl App {
+    /// The status, now.
+    pub fn status(&self) -> Status {
+        Status {
+            node: self.bus.node().to_owned(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            started: self.started,
+            systemd: self.systemd.connected(),
+            probe: self.source.status(),
+            units: self.supervisor.status(),
+            faults: self.faults.list(),
+        }
+    }
+}
+
+impl Status {
+    /// What keeps this host from serving as it should; nothing when all is well. A unit that is held or
+    /// was stopped on purpose is as it should be.
+    pub fn troubles(&self) -> Vec<String> {
+        use crate::heal::machine::Phase;
+        let mut troubles = Vec::new();
+        if !self.systemd {
+            troubles.push("systemd cannot be reached".to_owned());
+        }
+        for unit in self.units.iter().filter(|unit| unit.held.is_none()) {
+            if !matches!(unit.phase, Phase::Up | Phase::Left) {
+                let phase = format!("{:?}", unit.phase).to_lowercase();
+                troubles.push(format!("{} is {phase} ({})", unit.unit, unit.active_state));
+            }
+        }
+        troubles
+    }
+}
+
+/// Milliseconds of a duration, for the API.
+pub fn millis(duration: Duration) -> u64 {
+    duration.as_millis().try_into().unwrap_or(u64::MAX)
+}

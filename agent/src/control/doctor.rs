@@ -1,0 +1,157 @@
+//! `ftctl doctor`: what this host has and lacks, each finding with cause and mend.
+
+use std::{fs, path::Path};
+
+use serde::{Deserialize, Serialize};
+
+use super::App;
+use crate::{config::Config, unit::cgroup};
+
+/// One thing that was looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finding {
+    /// What.
+    pub thing: String,
+    /// How bad.
+    pub grade: Grade,
+    /// What was found.
+    pub found: String,
+    /// What to do; empty when all is well.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub mend: String,
+}
+
+/// How bad a finding is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Grade {
+    /// As it should be.
+    Ok,
+    /// ftd works, but less well.
+    Warn,
+    /// Something that ftd is for does not work.
+    Fail,
+}
+
+fn finding(thing: &str, grade: Grade, found: impl Into<String>, mend: &str) -> Finding {
+    Finding { thing: thing.into(), grade, found: found.into(), mend: mend.into() }
+}
+
+fn ok(thing: &str, found: impl Into<String>) -> Finding {
+    finding(thing, Grade::Ok, found, "")
+}
+
+/// What can be seen without a running ftd.
+pub fn of_host(config: &Config) -> Vec<Finding> {
+    let mut all = Vec::new();
+    let uname = nix::sys::utsname::uname();
+    let kernel = uname.map_or_else(|_| "unknown".into(), |u| u.release().to_string_lossy().into_owned());
+    all.push(ok("kernel", kernel));
+    all.push(if Path::new("/sys/kernel/btf/vmlinux").exists() {
+        ok("kernel types (BTF)", "/sys/kernel/btf/vmlinux")
+    } else {
+        let mend = "use a kernel built with CONFIG_DEBUG_INFO_BTF=y (Debian's are); until then ftd \
+                    watches through pidfds and D-Bus";
+        finding("kernel types (BTF)", Grade::Warn, "there are none: no eBPF", mend)
+    });
+    all.push(match fs::read_to_string("/sys/kernel/security/lockdown") {
+        Ok(text) if text.contains("[confidentiality]") => finding(
+            "kernel lockdown",
+            Grade::Warn,
+            "confidentiality: no eBPF",
+            "boot with lockdown=integrity or none",
+        ),
+        Ok(text) => ok("kernel lockdown", text.trim()),
+        Err(_) => ok("kernel lockdown", "not in this kernel"),
+    });
+    all.push(match cgroup::unified_mount() {
+        Some(mount) if mount.join("cgroup.controllers").exists() => {
+            ok("cgroup v2", mount.display().to_string())
+        }
+        _ => finding(
+            "cgroup v2",
+            Grade::Fail,
+            "not mounted: units cannot be told apart",
+            "boot with systemd.unified_cgroup_hierarchy=1",
+        ),
+    });
+    let dir = &config.node.state_dir;
+    all.push(match nix::sys::statvfs::statvfs(dir) {
+        Ok(stat) => {
+            let free = stat.blocks_available() * stat.fragment_size();
+            let text = format!("{}: {} MiB free", dir.display(), free >> 20);
+            if free < config.journal.max_size.as_u64() {
+                let mend = "make room: the journal may grow to journal.max_size";
+                finding("state directory", Grade::Warn, text, mend)
+            } else {
+                ok("state directory", text)
+            }
+        }
+        Err(error) => finding(
+            "state directory",
+            Grade::Fail,
+            format!("{}: {error}", dir.display()),
+            "create it, or set node.state_dir",
+        ),
+    });
+    all.push(match nix::unistd::Group::from_name(&config.api.group) {
+        Ok(Some(group)) => ok("API group", format!("{} (gid {})", group.name, group.gid)),
+        _ => finding(
+            "API group",
+            Grade::Warn,
+            format!("there is no group {}: only root may use the API", config.api.group),
+            "systemd-sysusers, or set api.group",
+        ),
+    });
+    if config.workloads.is_empty() {
+        let mend = "add a [[workload]] to the configuration; see ftd.toml(5)";
+        all.push(finding("workloads", Grade::Warn, "nothing is under care", mend));
+    }
+    all
+}
+
+/// Everything, seen by a running ftd.
+pub async fn of_daemon(app: &App) -> Vec<Finding> {
+    let mut all = of_host(&app.config);
+    all.push(match app.systemd.version().await {
+        Ok(version) => ok("systemd", version),
+        Err(error) => finding("systemd", Grade::Fail, error.to_string(), "is it PID 1 of this host?"),
+    });
+    let probe = app.source.status();
+    all.push(match (probe.source.as_str(), &probe.cause) {
+        ("ebpf", _) => ok("kernel probes", "eBPF programs are attached"),
+        (source, cause) => {
+            let why = cause.clone().unwrap_or_default();
+            let found = format!("no eBPF ({why}); watching through {source} and D-Bus: slower, never blind");
+            finding("kernel probes", Grade::Warn, found, "see the cause")
+        }
+    });
+    for missing in &probe.missing {
+        all.push(finding("kernel probes", Grade::Warn, missing.clone(), "a newer kernel has it"));
+    }
+    all.push(if probe.realtime.starts_with("SCHED_FIFO") {
+        ok("real-time reader", probe.realtime.clone())
+    } else {
+        let mend = "give ftd CAP_SYS_NICE, or set probe.realtime = 0 to be content without";
+        finding("real-time reader", Grade::Warn, probe.realtime.clone(), mend)
+    });
+    for (place, count) in probe.drops.iter().filter(|(_, count)| *count > 0) {
+        let found = format!("{count} events lost since ftd started ({place})");
+        all.push(finding("lost events", Grade::Warn, found, "raise probe.ring"));
+    }
+    for unit in app.supervisor.status() {
+        let thing = format!("unit {}", unit.unit);
+        all.push(if unit.load_state == "loaded" {
+            ok(&thing, format!("{} ({})", unit.active_state, unit.sub_state))
+        } else {
+            let mend = "see: ftctl events --unit, and systemctl status";
+            finding(&thing, Grade::Fail, format!("systemd says {}", unit.load_state), mend)
+        });
+        if let Some(health) = unit.health.filter(|health| !health.proven) {
+            let found = format!("{} has never succeeded: a hang would not be healed", health.check);
+            let mend = "check the address, and that the service answers there";
+            all.push(finding(&thing, Grade::Warn, found, mend));
+        }
+    }
+    all
+}

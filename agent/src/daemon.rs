@@ -1,0 +1,261 @@
+//! The daemon: puts the parts together and keeps them running.
+//!
+//! What may fail at the start, before anything is under care, is an error (a configuration that makes no
+//! sense, a state directory that cannot be made, a second ftd). After that nothing ends ftd but a signal:
+//! a bus that is gone, a full disk, a kernel without BTF are events, and ftd goes on with what it has.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::Path,
+    sync::{Arc, Weak},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use nix::fcntl::{Flock, FlockArg};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{
+    config::Config,
+    control::{App, server},
+    event::{
+        Kind,
+        bus::Bus,
+        journal::{Journal, Writer},
+    },
+    heal::{driver, health, saved::Store, supervisor::Supervisor},
+    inject::Faults,
+    probe::{ProbeOptions, Slot, Source},
+    unit::manager::{Report, Systemd},
+};
+
+/// How long the last deeds may take when ftd is told to stop.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How often lost events are looked for; they are counted in the kernel, which does not announce them.
+const DROPS_EVERY: Duration = Duration::from_secs(5);
+
+/// Runs ftd until it is told to stop.
+pub fn run(config: Config) -> Result<()> {
+    let state_dir = config.node.state_dir.clone();
+    fs::create_dir_all(&state_dir)
+        .with_context(|| format!("{}: cannot be made; set node.state_dir", state_dir.display()))?;
+    let _only_one = lock(&state_dir)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("starting the async runtime")?;
+    runtime.block_on(serve(config))
+}
+
+/// One ftd at a time: the kernel lets go of the lock when its holder dies.
+fn lock(state_dir: &Path) -> Result<Flock<fs::File>> {
+    let path = state_dir.join("lock");
+    let file = fs::File::create(&path).with_context(|| format!("{}", path.display()))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock)
+        .map_err(|(_, error)| error)
+        .with_context(|| format!("{}: another ftd is running on this state directory", path.display()))
+}
+
+async fn serve(config: Config) -> Result<()> {
+    let state_dir = config.node.state_dir.clone();
+    let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
+
+    // Events: from here on everything is told.
+    let journal = Journal::open(&state_dir.join("journal"), config.journal.max_size.as_u64());
+    let next_seq = journal.as_ref().map_or(0, |(_, opened)| opened.next_seq);
+    let (bus, queue) = Bus::new(config.node_name(), next_seq);
+    let writer = match journal {
+        Ok((journal, opened)) => {
+            if let Some((file, bytes)) = opened.repaired {
+                let file = file.display().to_string();
+                bus.emit(None, None, Kind::JournalRepaired { file, bytes });
+            }
+            let told: Weak<Bus> = Arc::downgrade(&bus);
+            let thread = std::thread::Builder::new().name("ftd-journal".into());
+            Some(thread.spawn(move || Writer::new(journal).run(&queue, &told)).context("journal thread")?)
+        }
+        Err(error) => {
+            let cause = format!("{}: {error}", state_dir.join("journal").display());
+            tracing::error!(cause, "there is no journal; events are kept in memory only");
+            bus.emit(None, None, Kind::JournalBlocked { cause });
+            None
+        }
+    };
+
+    // Decisions.
+    let store = Arc::new(Store::new(&state_dir));
+    let saved = store.load().unwrap_or_else(|error| {
+        tracing::error!(path = %store.path().display(), %error, "holds and attempts are lost");
+        let file = format!("{}: {error}", store.path().display());
+        bus.emit(None, None, Kind::JournalRepaired { file, bytes: 0 });
+        BTreeMap::new()
+    });
+    let resumed = !saved.is_empty();
+    bus.emit(
+        None,
+        None,
+        Kind::AgentStarted { version: env!("CARGO_PKG_VERSION").into(), pid: std::process::id(), resumed },
+    );
+    let units = config.units();
+    let names: Vec<String> = units.iter().map(|unit| unit.name.clone()).collect();
+    let checks: Vec<_> = units.iter().map(|unit| unit.health.clone()).collect();
+    let (supervisor, wanted) =
+        Supervisor::new(Arc::clone(&bus), units, saved, config.probe.elsewhere_per_minute);
+    let systemd = Systemd::default();
+    tokio::spawn(driver::run(Arc::clone(&supervisor), systemd.clone(), store, wanted));
+    tokio::spawn(driver::keep_time(Arc::clone(&supervisor)));
+
+    // The kernel's word.
+    let source = Arc::new(start_source(&config, &supervisor));
+    tell_of_source(&bus, &source);
+    tokio::spawn(count_drops(Arc::clone(&bus), Arc::clone(&source)));
+
+    // systemd's word.
+    let conversation = {
+        let (systemd, supervisor, bus, source) =
+            (systemd.clone(), Arc::clone(&supervisor), Arc::clone(&bus), Arc::clone(&source));
+        async move {
+            let sink = |report| take_report(&supervisor, &bus, &source, report);
+            systemd.converse(names, sink).await;
+        }
+    };
+    tokio::spawn(conversation);
+    for (slot, check) in checks.into_iter().enumerate() {
+        if let Some(check) = check {
+            tokio::spawn(health::watch(Arc::clone(&supervisor), Slot(slot as u32), check));
+        }
+    }
+
+    // People.
+    let faults = Faults::new(
+        config.inject.enabled,
+        &state_dir,
+        Arc::clone(&bus),
+        Arc::clone(&supervisor),
+        systemd.clone(),
+    );
+    let listener = server::bind(&config.api)
+        .with_context(|| format!("{}: the API's socket", config.api.socket.display()))?;
+    let tcp = config.status.listen;
+    let started = jiff::Timestamp::now();
+    let app = Arc::new(App {
+        config,
+        bus: Arc::clone(&bus),
+        supervisor,
+        systemd,
+        faults: Arc::clone(&faults),
+        source,
+        started,
+    });
+    tokio::spawn(async move { faults.recover_left_over().await });
+    tokio::spawn(server::serve_unix(Arc::clone(&app), listener));
+    if let Some(address) = tcp {
+        let app = Arc::clone(&app);
+        tokio::spawn(async move {
+            if let Err(error) = server::serve_tcp(app, address).await {
+                tracing::error!(%address, %error, "no status on TCP: set another status.listen");
+            }
+        });
+    }
+
+    notify(&[sd_notify::NotifyState::Ready]);
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+        () = pat_watchdog() => {}
+    }
+    notify(&[sd_notify::NotifyState::Stopping]);
+    if tokio::time::timeout(PATIENCE, app.faults.end_all()).await.is_err() {
+        tracing::error!("faults are not undone yet: the next start of ftd tries again");
+    }
+    bus.emit(None, None, Kind::AgentStopped {});
+    drop(app);
+    finish(bus, writer).await;
+    Ok(())
+}
+
+/// Waits until the journal has all events, when everyone else has let go of the bus; not for long.
+async fn finish(bus: Arc<Bus>, writer: Option<std::thread::JoinHandle<()>>) {
+    let Some(writer) = writer else { return };
+    bus.close();
+    let joined = tokio::task::spawn_blocking(move || writer.join());
+    if tokio::time::timeout(PATIENCE, joined).await.is_err() {
+        tracing::error!("the journal does not take the last events");
+    }
+}
+
+fn start_source(config: &Config, supervisor: &Arc<Supervisor>) -> Source {
+    let options = config.probe.ebpf.then(|| ProbeOptions {
+        ring_bytes: config.probe.ring.as_u64().try_into().unwrap_or(u32::MAX),
+        realtime_priority: Some(config.probe.realtime).filter(|priority| *priority > 0),
+        elsewhere: config.probe.elsewhere,
+        ..ProbeOptions::default()
+    });
+    let supervisor = Arc::clone(supervisor);
+    Source::start(options.as_ref(), move |event| supervisor.on_probe(event))
+}
+
+fn tell_of_source(bus: &Bus, source: &Source) {
+    let status = source.status();
+    if let Some(cause) = source.cause() {
+        tracing::warn!(cause, source = status.source, "no eBPF");
+        bus.emit(None, None, Kind::ProbeUnavailable { cause: cause.to_owned() });
+    }
+    let (realtime, missing) = (status.realtime, status.missing);
+    bus.emit(None, None, Kind::ProbeReady { source: status.source, realtime, missing });
+}
+
+fn take_report(supervisor: &Supervisor, bus: &Bus, source: &Source, report: Report) {
+    match report {
+        Report::View { unit, id, view } => {
+            let slot = Slot(unit as u32);
+            if let Err(cause) = source.follow(slot, &view) {
+                tracing::warn!(unit = id, cause, "the kernel cannot watch the unit; systemd's word remains");
+            }
+            supervisor.on_view(slot, &id, view);
+        }
+        Report::Lost(cause) => {
+            tracing::warn!(cause, "systemd cannot be reached");
+            bus.emit(None, None, Kind::BusLost { cause });
+            supervisor.on_bus_lost();
+        }
+        Report::Back(away) => {
+            let away_ms = away.as_millis().try_into().unwrap_or(u64::MAX);
+            bus.emit(None, None, Kind::BusBack { away_ms });
+        }
+    }
+}
+
+/// Tells of events that were lost between kernel and ftd.
+async fn count_drops(bus: Arc<Bus>, source: Arc<Source>) {
+    let mut turns = tokio::time::interval(DROPS_EVERY);
+    let mut known: BTreeMap<String, u64> = BTreeMap::new();
+    loop {
+        turns.tick().await;
+        for (place, count) in source.status().drops {
+            let before = known.insert(place.clone(), count).unwrap_or(0);
+            if count > before {
+                bus.emit(None, None, Kind::EventsDropped { place, count: count - before });
+            }
+        }
+    }
+}
+
+/// Tells systemd's watchdog that ftd lives, as often as it wants to hear it; for ever.
+async fn pat_watchdog() {
+    let Some(limit) = sd_notify::watchdog_enabled() else { return std::future::pending().await };
+    let mut turns = tokio::time::interval(limit / 3);
+    loop {
+        turns.tick().await;
+        notify(&[sd_notify::NotifyState::Watchdog]);
+    }
+}
+
+fn notify(state: &[sd_notify::NotifyState]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::debug!(%error, "nobody to notify");
+    }
+}

@@ -1,0 +1,387 @@
+//! The one `Event`: everything that happens on a node is one of these, with a time, a node, a unit,
+//! an operation id and a cause.
+//!
+//! `ftctl events`, the API, the metrics and the tests all read the same stream; nothing is reported
+//! from anywhere else. Events are made by [`Bus::emit`](bus::Bus::emit), which numbers them, hands
+//! them to followers and to the [`journal`] on disk.
+//!
+//! An **operation** is what belongs together: a death, the decision, the start, the health that
+//! follows. Its id is the number of the event that opened it, so an operator who sees `#4711` can
+//! ask for all of it.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+pub mod bus;
+pub mod journal;
+
+/// One thing that happened.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Event {
+    /// Position in the node's stream; grows by one with each event, across restarts of ftd.
+    pub seq: u64,
+    /// Wall clock.
+    pub time: jiff::Timestamp,
+    /// The node it happened on.
+    pub node: String,
+    /// The systemd unit it is about, by the name systemd itself gives it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unit: Option<String>,
+    /// The operation it belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub op: Option<OpId>,
+    /// What happened.
+    #[serde(flatten)]
+    pub kind: Kind,
+}
+
+/// An operation's id: the number of the event that opened it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct OpId(pub u64);
+
+impl fmt::Display for OpId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "#{}", self.0)
+    }
+}
+
+/// What happened: one variant per thing that ftd can see or do.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Kind {
+    /// ftd runs.
+    AgentStarted {
+        /// ftd's version.
+        version: String,
+        /// ftd's process id.
+        pid: u32,
+        /// Whether the state of an earlier run was taken up.
+        resumed: bool,
+    },
+    /// ftd was told to stop; services go on without it.
+    AgentStopped {},
+    /// The kernel probes are attached.
+    ProbeReady {
+        /// `ebpf` or `pidfd`.
+        source: String,
+        /// Real-time priority of the reader thread, or why it has none.
+        realtime: String,
+        /// What this kernel lacks, each with its consequence.
+        missing: Vec<String>,
+    },
+    /// eBPF cannot be used: ftd goes on with pidfds and D-Bus, slower.
+    ProbeUnavailable {
+        /// Why.
+        cause: String,
+    },
+    /// Events were lost at some place; never silently.
+    EventsDropped {
+        /// Where: `ring` (kernel to ftd), `journal` (memory to disk), `elsewhere` (rate limit).
+        place: String,
+        /// How many since the last such event.
+        count: u64,
+    },
+    /// The connection to systemd is gone; ftd keeps trying.
+    BusLost {
+        /// Why.
+        cause: String,
+    },
+    /// systemd answers again.
+    BusBack {
+        /// How long it was away, milliseconds.
+        away_ms: u64,
+    },
+    /// The journal cannot be written; events wait in memory.
+    JournalBlocked {
+        /// Why, with the file.
+        cause: String,
+    },
+    /// The journal is written again.
+    JournalBack {
+        /// Events written late.
+        late: u64,
+        /// Events that no longer fitted in memory.
+        lost: u64,
+    },
+    /// A damaged journal was mended when it was opened.
+    JournalRepaired {
+        /// The file.
+        file: String,
+        /// Bytes that held no whole event and were cut off or skipped.
+        bytes: u64,
+    },
+    /// A unit under care cannot be cared for as it is.
+    UnitProblem {
+        /// What is wrong: systemd's load state, or its error.
+        problem: String,
+        /// What to do about it.
+        mend: String,
+    },
+    /// The problem is over.
+    UnitFound {
+        /// The name that was asked for, when systemd knows the unit by another.
+        alias: Option<String>,
+    },
+    /// A process of a watched unit died, or one elsewhere died abnormally.
+    ProcessDied {
+        /// Who.
+        #[serde(flatten)]
+        process: Process,
+        /// Parent's process id.
+        ppid: u32,
+        /// Whether it was the unit's main process.
+        main: bool,
+        /// How it ended; absent when the source cannot tell.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        status: Option<ExitStatus>,
+        /// Who sent the signal that ended it, when somebody did.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        sender: Option<Process>,
+        /// Whether the OOM killer chose it.
+        oom: bool,
+        /// Life time, milliseconds.
+        run_ms: u64,
+        /// Largest resident set, bytes; 0 when unknown.
+        max_rss: u64,
+    },
+    /// The kernel's OOM killer chose a process of the unit.
+    OomKill {
+        /// The victim.
+        #[serde(flatten)]
+        process: Process,
+        /// The unit's cgroup.
+        cgroup: String,
+        /// The unit's memory limit, bytes; absent when it has none of its own.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        limit: Option<u64>,
+        /// The victim's resident memory, bytes.
+        rss: u64,
+    },
+    /// The service does not serve. Opens an operation.
+    Down {
+        /// Why.
+        cause: Cause,
+        /// The same for people, with the particulars.
+        detail: String,
+    },
+    /// What ftd does about it.
+    Decided {
+        /// What.
+        action: Decision,
+        /// Why this.
+        why: String,
+        /// Which start attempt in this run of failures, from 1; 0 when nothing is started.
+        attempt: u32,
+        /// Back-off before it, milliseconds.
+        delay_ms: u64,
+        /// From the kernel's (or systemd's) time of the cause to the decision, microseconds.
+        after_us: u64,
+    },
+    /// The service serves again. Closes the operation.
+    Healed {
+        /// Who brought it back.
+        by: Healer,
+        /// From the cause to now, milliseconds.
+        took_ms: u64,
+        /// The new main process; 0 when the unit has none.
+        main_pid: u32,
+    },
+    /// An attempt did not bring it back.
+    HealFailed {
+        /// Which attempt.
+        attempt: u32,
+        /// What systemd said.
+        error: String,
+    },
+    /// Terminal: ftd gave up and does nothing more until a person acts.
+    Failed {
+        /// Attempts made.
+        attempts: u32,
+        /// In this time, milliseconds.
+        within_ms: u64,
+        /// What a person can do.
+        mend: String,
+    },
+    /// The service is down and stays down, on purpose.
+    Left {
+        /// Why.
+        why: String,
+    },
+    /// Somebody else than ftd started it, and nothing was wrong before.
+    Started {
+        /// The main process; 0 when the unit has none.
+        main_pid: u32,
+    },
+    /// Taken out of ftd's hands.
+    Held {
+        /// Until when; for ever when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        until: Option<jiff::Timestamp>,
+        /// The reason given.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        reason: Option<String>,
+    },
+    /// Back in ftd's hands.
+    Released {
+        /// `person`, `time` or `started by hand`.
+        by: String,
+    },
+    /// The health check failed as often as it takes.
+    HealthFailed {
+        /// The check.
+        check: String,
+        /// The last error.
+        error: String,
+        /// Failures in a row.
+        failures: u32,
+        /// Whether the check had ever succeeded; before that, ftd only tells.
+        proven: bool,
+    },
+    /// The health check succeeds again.
+    HealthBack {
+        /// The check.
+        check: String,
+    },
+    /// A fault is injected now. Opens an operation.
+    FaultInjected {
+        /// Its id, for `ftctl inject recover`.
+        id: String,
+        /// What: `stop`, `kill`, `hang`, `oom`.
+        fault: String,
+        /// Particulars.
+        detail: String,
+        /// When it ends by itself, milliseconds from now; 0 for a deed without duration.
+        for_ms: u64,
+    },
+    /// A fault is undone; nothing of it is left.
+    FaultUndone {
+        /// Its id.
+        id: String,
+        /// `time`, `person`, `done`, or `ftd started again`.
+        why: String,
+    },
+    /// A fault could not be injected or undone.
+    FaultTrouble {
+        /// Its id.
+        id: String,
+        /// What went wrong.
+        error: String,
+    },
+}
+
+/// Why a service does not serve.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Cause {
+    /// A person, or another program, killed it.
+    Killed,
+    /// It crashed: a signal of its own making (SEGV, ABRT, …).
+    Crashed,
+    /// It ended with an error code.
+    ExitCode,
+    /// It ended without an error and without being told to.
+    Exited,
+    /// The OOM killer took it.
+    OomKilled,
+    /// It lives and does not answer.
+    Hung,
+    /// Somebody stopped it.
+    Stopped,
+    /// systemd's watchdog or a time limit of its unit ended it.
+    Watchdog,
+    /// It could not be started.
+    StartFailed,
+    /// systemd says so and nothing says why.
+    Unknown,
+}
+
+/// What ftd decided to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Decision {
+    /// Start it.
+    Start,
+    /// Stop what is left of it, start it.
+    Restart,
+    /// Wait for systemd, which is at it by itself.
+    LeaveToSystemd,
+    /// Do nothing: that is what was wanted.
+    Leave,
+    /// Do nothing: it is held.
+    Held,
+    /// Give up.
+    Fail,
+}
+
+/// Who brought a service back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Healer {
+    /// ftd.
+    Ftd,
+    /// systemd, by the unit's own Restart=.
+    Systemd,
+    /// A person, or another program.
+    Other,
+}
+
+/// A process, as people name it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Process {
+    /// Process id in ftd's PID namespace; 0 when it has none there.
+    pub pid: u32,
+    /// The kernel's 15-character name.
+    pub comm: String,
+    /// Real user id.
+    pub uid: u32,
+}
+
+/// How a process ended: decoded wait status, see wait(2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExitStatus {
+    /// It called exit with this code, 0 to 255.
+    Code(u8),
+    /// A signal ended it.
+    Signal {
+        /// Signal number.
+        signal: i32,
+        /// Whether a core was dumped.
+        core: bool,
+    },
+}
+
+impl ExitStatus {
+    /// Decodes the kernel's wait status (`task->exit_code`): low seven bits the signal, bit 7 the
+    /// core flag, next byte the exit code.
+    pub fn from_wait(status: i32) -> Self {
+        match status & 0x7f {
+            0 => Self::Code(((status >> 8) & 0xff) as u8),
+            signal => Self::Signal { signal, core: status & 0x80 != 0 },
+        }
+    }
+
+    /// Exit code 0.
+    pub fn is_success(self) -> bool {
+        self == Self::Code(0)
+    }
+}
+
+impl fmt::Display for ExitStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::Code(code) => write!(f, "exit code {code}"),
+            Self::Signal { signal, core } => {
+                match nix::sys::signal::Signal::try_from(signal) {
+                    Ok(known) => f.write_str(known.as_str())?,
+                    Err(_) => write!(f, "signal {signal}")?,
+                }
+                f.write_str(if core { " (core dumped)" } else { "" })
+            }
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! What healing must not forget when ftd restarts: holds, units given up, attempts, proven checks.
+//!
+//! One small JSON file, replaced as a whole (write, sync, rename, sync the directory), so that it is
+//! always the old or the new one. Attempts are times of the boot clock and count only in the same boot.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{self, Write as _},
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::machine::Saved;
+
+/// The file in ftd's state directory.
+#[derive(Debug)]
+pub struct Store {
+    path: PathBuf,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Content {
+    boot_id: String,
+    units: BTreeMap<String, Saved>,
+}
+
+impl Store {
+    /// The store in `state_dir`.
+    pub fn new(state_dir: &Path) -> Self {
+        Self { path: state_dir.join("heal.json") }
+    }
+
+    /// The file's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What was saved; nothing when there is no file. An unreadable file is an error: the caller says
+    /// so and goes on with nothing.
+    pub fn load(&self) -> io::Result<BTreeMap<String, Saved>> {
+        let text = match fs::read(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
+            text => text?,
+        };
+        let mut content: Content = serde_json::from_slice(&text)?;
+        if content.boot_id != boot_id() {
+            content.units.values_mut().for_each(|unit| unit.attempts.clear());
+        }
+        Ok(content.units)
+    }
+
+    /// Replaces what was saved, durably.
+    pub fn save(&self, units: BTreeMap<String, Saved>) -> io::Result<()> {
+        write_durably(&self.path, &serde_json::to_vec_pretty(&Content { boot_id: boot_id(), units })?)
+    }
+}
+
+/// Replaces a file as a whole: after this, or after a crash at any moment of it, the file is the new
+/// one or the old one.
+pub fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let new = path.with_extension("new");
+    let mut file = File::create(&new)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&new, path)?;
+    match path.parent() {
+        Some(dir) => File::open(dir)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
+/// The kernel's name for this boot, see random(4).
+fn boot_id() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_saved_is_loaded_and_attempts_of_another_boot_are_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path());
+        assert!(store.load().unwrap().is_empty());
+        let saved = Saved { failed: true, attempts: vec![1, 2], ..Saved::default() };
+        store.save(BTreeMap::from([("a.service".into(), saved.clone())])).unwrap();
+        assert_eq!(store.load().unwrap()["a.service"], saved);
+        let other = fs::read_to_string(store.path()).unwrap().replace(&boot_id(), "another boot");
+        fs::write(store.path(), other).unwrap();
+        let loaded = &store.load().unwrap()["a.service"];
+        assert!(loaded.failed && loaded.attempts.is_empty());
+    }
+
+    #[test]
+    fn a_damaged_file_is_an_error_and_not_an_empty_state() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path());
+        fs::write(store.path(), b"{\"units\": {").unwrap();
+        assert!(store.load().is_err());
+    }
+}

@@ -1,0 +1,22 @@
+//! ftd: a fault-tolerance agent for Linux hosts.
+//!
+//! The parts, from the top down; a part uses only parts below it:
+//!
+//! ```text
+//! cli  control          people: ftctl, the API on a unix socket
+//! inject                what is broken on purpose
+//! heal                  decisions on this host
+//! unit  probe           systemd over D-Bus / kernel -> events
+//! event  config         the words that everything above speaks
+//! ```
+#![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::expect_used))]
+
+pub mod cli;
+pub mod config;
+pub mod control;
+pub mod daemon;
+pub mod event;
+pub mod heal;
+pub mod inject;
+pub mod probe;
+pub mod unit;

@@ -1,0 +1,466 @@
+//! Loads and attaches the BPF programs, and keeps their maps.
+#![allow(unsafe_code, reason = "aya::Pod is an unsafe trait, and bpf(2) has no safe wrapper for statistics")]
+
+use std::{
+    collections::HashSet,
+    fmt, fs, io,
+    os::{
+        fd::{AsFd as _, AsRawFd as _},
+        unix::fs::MetadataExt as _,
+    },
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError, atomic::Ordering},
+};
+
+use agent_ebpf::{Config, NO_NODE, NO_SLOT, NameKey, ROOT_NODE, Watched, counter};
+use aya::{
+    Btf, Ebpf, EbpfError, EbpfLoader,
+    maps::{HashMap, MapData, MapError, PerCpuArray, RingBuf},
+    programs::{BtfTracePoint, ProgramError},
+};
+
+use super::{
+    Cost, Drops, Missing, ProbeError, ProbeEvent, ProbeOptions, Realtime, Slot, WatchError,
+    btf::{BtfTypes, RUNNING_KERNEL},
+    cgroups,
+    names::Names,
+    page_size,
+    reader::Reader,
+};
+
+/// agent-ebpf, as agent/build.rs built it.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/agent-ebpf"));
+
+/// Program, tracepoint, and what is lost without it; `None`: ftd cannot do without.
+const PROGRAMS: [(&str, &str, Option<&str>); 7] = [
+    ("process_exit", "sched_process_exit", None),
+    ("process_fork", "sched_process_fork", Some("new processes of a unit are not reported")),
+    ("process_exec", "sched_process_exec", Some("programs that a unit starts are not reported")),
+    ("signal_generate", "signal_generate", Some("who sent a signal is not known")),
+    ("mark_victim", "mark_victim", Some("OOM kills look like any SIGKILL")),
+    ("cgroup_mkdir", "cgroup_mkdir", Some(NOT_FOLLOWED)),
+    ("cgroup_rmdir", "cgroup_rmdir", Some("cgroups that are gone stay in the filter until it is refreshed")),
+];
+
+const NOT_FOLLOWED: &str = "a unit that is started anew is lost from sight until the filter is refreshed";
+
+/// Fields that `cgroup_mkdir` needs; without them the program would take no cgroup for a unit's.
+const MKDIR_FIELDS: [(&str, &str); 5] = [
+    ("cgroup", "root"),
+    ("cgroup", "self.parent"),
+    ("cgroup_root", "hierarchy_id"),
+    ("cgroup_subsys_state", "cgroup"),
+    ("kernfs_node", "name"),
+];
+
+/// How often a cgroup may be replaced while it is being looked at, before the look is given up.
+const REPLACED: usize = 16;
+
+/// Plain memory for aya, which the orphan rule keeps from the shared types themselves.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+struct Plain<T: Copy>(T);
+
+// SAFETY: all three are repr(C) structures of integers without padding.
+unsafe impl aya::Pod for Plain<Config> {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Plain<Watched> {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Plain<NameKey> {}
+
+struct Maps {
+    watched: HashMap<MapData, u64, Plain<Watched>>,
+    names: HashMap<MapData, Plain<NameKey>, Plain<Watched>>,
+    counters: PerCpuArray<MapData, u64>,
+    tree: Names,
+}
+
+/// The BPF programs at work. Dropping it stops the reader thread and detaches them.
+pub struct Probe {
+    // in this order dropped: no event comes after the programs are gone
+    reader: Reader,
+    ebpf: Ebpf,
+    maps: Mutex<Maps>,
+    mount: PathBuf,
+    missing: Vec<Missing>,
+    follows: bool,
+}
+
+impl fmt::Debug for Probe {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Probe")
+            .field("mount", &self.mount)
+            .field("missing", &self.missing)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Probe {
+    /// Loads the programs, attaches them and starts the thread that calls `sink` for each event.
+    ///
+    /// `sink` decides about healing on that very thread, so it should be quick; while it runs, the
+    /// ring buffer holds what comes.
+    pub fn start(
+        options: &ProbeOptions,
+        sink: impl FnMut(ProbeEvent) + Send + 'static,
+    ) -> Result<Self, ProbeError> {
+        let mount = cgroups::mount().map_err(ProbeError::Cgroup)?;
+        let (config, mut missing) = configure(options)?;
+        let btf = Btf::from_sys_fs()
+            .map_err(|error| ProbeError::NoBtf { path: RUNNING_KERNEL, cause: error.to_string() })?;
+        let config = Plain(config);
+        let mut loader = EbpfLoader::new();
+        loader.btf(Some(&btf));
+        loader.override_global("CONFIG", &config, true);
+        loader.map_max_entries("EVENTS", options.ring_entries(page_size() as u32));
+        let mut ebpf = loader.load(OBJECT).map_err(load_error)?;
+
+        let mut follows = !missing.iter().any(|missing| missing.effect == NOT_FOLLOWED);
+        for (name, tracepoint, effect) in PROGRAMS {
+            if name == "cgroup_mkdir" && !follows {
+                continue;
+            }
+            match (attach(&mut ebpf, name, tracepoint, &btf), effect) {
+                (Ok(()), _) => {}
+                (Err(error), None) => return Err(program_error(tracepoint, error)),
+                (Err(error), Some(effect)) => {
+                    follows &= name != "cgroup_mkdir";
+                    let what = format!("tracepoint {tracepoint}: {}", program_error(tracepoint, error));
+                    missing.push(Missing { what, effect });
+                }
+            }
+        }
+        let ring = RingBuf::try_from(take(&mut ebpf, "EVENTS")?).map_err(map_error)?;
+        let maps = Maps {
+            watched: HashMap::try_from(take(&mut ebpf, "WATCHED")?).map_err(map_error)?,
+            names: HashMap::try_from(take(&mut ebpf, "NAMES")?).map_err(map_error)?,
+            counters: PerCpuArray::try_from(take(&mut ebpf, "COUNTERS")?).map_err(map_error)?,
+            tree: Names::new(),
+        };
+        let reader =
+            Reader::start(ring, options.realtime_priority, page_size(), sink).map_err(ProbeError::Reader)?;
+        Ok(Self { reader, ebpf, maps: Mutex::new(maps), mount, missing, follows })
+    }
+
+    /// Reports, from now on, what happens to processes in this control group and below it.
+    ///
+    /// `control_group` is what systemd calls it (`/system.slice/nginx.service`), below the root of
+    /// the unified hierarchy. It need not exist yet, and may be removed and made again: the kernel
+    /// side knows each new one before a process can be in it.
+    ///
+    /// A second call with the same pair only looks again. After an error the slot is not watched.
+    pub fn watch(&self, slot: Slot, control_group: &str) -> Result<(), WatchError> {
+        if slot.0 == NO_SLOT {
+            return Err(WatchError::Path {
+                path: control_group.to_owned(),
+                cause: "its slot is out of range",
+            });
+        }
+        let mut maps = self.maps();
+        let way = maps.tree.insert(slot, control_group)?;
+        let done = (|| {
+            // first the names, so that what is made from now on is seen by the kernel side; then
+            // what there is
+            for node in way {
+                if let Some(key) = maps.tree.key(node) {
+                    let value = maps.tree.value(node);
+                    maps.names.insert(Plain(key), Plain(value), 0).map_err(full)?;
+                }
+            }
+            maps.place(&self.mount, ROOT_NODE, NO_SLOT)
+        })();
+        if done.is_err() {
+            // the first error is the one to tell
+            let _ = maps.forget(&self.mount, slot);
+        }
+        done
+    }
+
+    /// Stops reporting for this slot. A slot that is not watched is no error.
+    pub fn unwatch(&self, slot: Slot) -> Result<(), WatchError> {
+        self.maps().forget(&self.mount, slot)
+    }
+
+    /// Looks through the watched part of the cgroup file system again. Only needed where
+    /// [`Probe::follows_in_kernel`] is false, after a unit has started.
+    pub fn refresh(&self) -> Result<(), WatchError> {
+        self.maps().place(&self.mount, ROOT_NODE, NO_SLOT)
+    }
+
+    /// Whether control groups that are made anew are recognised at once, by the kernel side.
+    pub fn follows_in_kernel(&self) -> bool {
+        self.follows
+    }
+
+    /// What was reported, what was delivered and what was lost since the start.
+    pub fn drops(&self) -> Drops {
+        let maps = self.maps();
+        let sum = |index| {
+            maps.counters
+                .get(&index, 0)
+                .map_or(0, |values| values.iter().fold(0_u64, |a, b| a.wrapping_add(*b)))
+        };
+        let progress = &self.reader.progress;
+        Drops {
+            reported: sum(counter::REPORTED),
+            delivered: progress.delivered.load(Ordering::Acquire),
+            duplicates: progress.duplicates.load(Ordering::Acquire),
+            ring_full: sum(counter::RING_FULL),
+            cgroups_full: sum(counter::CGROUPS_FULL),
+            malformed: progress.malformed.load(Ordering::Acquire),
+            skipped: self.statistics().map(|(_, statistics)| statistics.recursion_misses).sum(),
+        }
+    }
+
+    /// What the programs cost so far; all zero unless `kernel.bpf_stats_enabled` is 1.
+    pub fn costs(&self) -> Vec<Cost> {
+        self.statistics()
+            .map(|(program, statistics)| Cost {
+                program,
+                runs: statistics.run_cnt,
+                ns: statistics.run_time_ns,
+            })
+            .collect()
+    }
+
+    /// Whether the reader thread has real-time priority.
+    pub fn realtime(&self) -> &Realtime {
+        &self.reader.realtime
+    }
+
+    /// What this kernel lacks, and what that means.
+    pub fn missing(&self) -> &[Missing] {
+        &self.missing
+    }
+
+    fn maps(&self) -> MutexGuard<'_, Maps> {
+        self.maps.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn statistics(&self) -> impl Iterator<Item = (&'static str, ProgramStatistics)> {
+        PROGRAMS.into_iter().filter_map(|(name, ..)| {
+            let fd = self.ebpf.program(name)?.fd().ok()?;
+            Some((name, ProgramStatistics::of(fd.as_fd().as_raw_fd())?))
+        })
+    }
+}
+
+impl Maps {
+    /// Enters the cgroup at `dir`, whose node this is, and what is below it. Inserting before
+    /// looking below makes sure that a child is seen here or by the kernel side.
+    fn place(&mut self, dir: &Path, node: u32, inherited: u32) -> Result<(), WatchError> {
+        let mut value = self.tree.value(node);
+        if value.slot == NO_SLOT {
+            value.slot = inherited;
+        }
+        let mut tries = 0;
+        while let Some(id) = inode(dir)? {
+            self.watched.insert(id, Plain(value), 0).map_err(full)?;
+            if inode(dir)? == Some(id) || tries == REPLACED {
+                break;
+            }
+            // It went away in between, maybe before it was inserted.
+            let _ = self.watched.remove(&id);
+            tries += 1;
+        }
+        let named = if node == NO_NODE { Vec::new() } else { self.tree.children(node) };
+        for (name, child) in &named {
+            self.place(&dir.join(name), *child, value.slot)?;
+        }
+        if value.slot == NO_SLOT {
+            return Ok(());
+        }
+        let entries = match fs::read_dir(dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(WatchError::Io { path: dir.to_owned(), error }),
+        };
+        for entry in entries.flatten() {
+            let is_named = named.iter().any(|(name, _)| entry.file_name() == name.as_str());
+            if !is_named && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                self.place(&entry.path(), NO_NODE, value.slot)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Names first, then ids; then what another watched path still covers is entered again.
+    fn forget(&mut self, mount: &Path, slot: Slot) -> Result<(), WatchError> {
+        let Some(own) = self.tree.of(slot) else { return Ok(()) };
+        let removed = self.tree.remove(slot);
+        let mut gone = HashSet::new();
+        for (node, key) in removed {
+            gone.insert(node);
+            let _ = self.names.remove(&Plain(key));
+        }
+        if !gone.contains(&own)
+            && let Some(key) = self.tree.key(own)
+        {
+            self.names.insert(Plain(key), Plain(self.tree.value(own)), 0).map_err(full)?;
+        }
+        let stale: Vec<u64> = self
+            .watched
+            .iter()
+            .filter_map(Result::ok)
+            .filter(|(_, Plain(value))| value.slot == slot.0 || gone.contains(&value.node))
+            .map(|(id, _)| id)
+            .collect();
+        for id in stale {
+            let _ = self.watched.remove(&id);
+        }
+        self.place(mount, ROOT_NODE, NO_SLOT)
+    }
+}
+
+/// A cgroup's id is its directory's inode number (`kernfs_node::id`). `None`: it does not exist.
+fn inode(dir: &Path) -> Result<Option<u64>, WatchError> {
+    match fs::metadata(dir) {
+        Ok(metadata) => Ok(Some(metadata.ino())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        // kernfs says so of a directory that is on its way out
+        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+        Err(error) => Err(WatchError::Io { path: dir.to_owned(), error }),
+    }
+}
+
+fn configure(options: &ProbeOptions) -> Result<(Config, Vec<Missing>), ProbeError> {
+    let no_btf = |cause: String| ProbeError::NoBtf { path: RUNNING_KERNEL, cause };
+    let data = fs::read(RUNNING_KERNEL).map_err(|error| no_btf(error.to_string()))?;
+    let types = BtfTypes::parse(&data).map_err(|error| no_btf(error.to_string()))?;
+    let (mut needed, mut missing) = (Vec::new(), Vec::new());
+    let mut config = Config::empty();
+    types.configure(&mut config, |structure, path, is_needed| {
+        let what = format!("field {structure}.{path}");
+        if is_needed {
+            needed.push(what);
+        } else if MKDIR_FIELDS.contains(&(structure, path)) {
+            missing.push(Missing { what, effect: NOT_FOLLOWED });
+        } else {
+            missing.push(Missing { what, effect: "what is read from there is reported as 0" });
+        }
+    });
+    if !needed.is_empty() {
+        return Err(ProbeError::Fields { missing: needed });
+    }
+    if config.oom_has_task == 0 {
+        let what = "mark_victim's argument task".to_owned();
+        missing.push(Missing { what, effect: "OOM kills are reported without unit, name and sizes" });
+    }
+    let namespace = fs::metadata("/proc/self/ns/pid").map_err(ProbeError::Namespace)?.ino();
+    config.own_pidns = namespace as u32;
+    config.initial_pidns = u32::from(config.own_pidns == PROC_PID_INIT_INO);
+    config.signals = options.signals.bits();
+    config.quiet_deaths = options.quiet_deaths.bits();
+    config.elsewhere = u32::from(options.elsewhere);
+    Ok((config, missing))
+}
+
+/// The initial PID namespace's inode number, `include/linux/proc_ns.h`.
+const PROC_PID_INIT_INO: u32 = 0xefff_fffc;
+
+fn attach(ebpf: &mut Ebpf, name: &str, tracepoint: &str, btf: &Btf) -> Result<(), ProgramError> {
+    let program = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?;
+    let program: &mut BtfTracePoint = program.try_into()?;
+    program.load(tracepoint, btf)?;
+    program.attach().map(drop)
+}
+
+fn take(ebpf: &mut Ebpf, name: &str) -> Result<aya::maps::Map, ProbeError> {
+    ebpf.take_map(name).ok_or_else(|| ProbeError::Object(format!("it has no map {name}")))
+}
+
+fn map_error(error: MapError) -> ProbeError {
+    match error {
+        MapError::SyscallError(error) => ProbeError::from_kernel("a BPF map's memory", error.io_error),
+        MapError::CreateError { name, io_error } => {
+            ProbeError::from_kernel(&format!("BPF map {name}"), io_error)
+        }
+        other => ProbeError::Object(other.to_string()),
+    }
+}
+
+fn load_error(error: EbpfError) -> ProbeError {
+    match error {
+        EbpfError::MapError(error) => map_error(error),
+        other => ProbeError::Object(chain(&other)),
+    }
+}
+
+fn program_error(tracepoint: &str, error: ProgramError) -> ProbeError {
+    match error {
+        ProgramError::LoadError { io_error, verifier_log } => {
+            let log = verifier_log.to_string();
+            let lines: Vec<&str> = log.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
+            // Without a log it was not the verifier who refused.
+            if lines.is_empty() || io_error.raw_os_error() == Some(libc::EPERM) {
+                ProbeError::from_kernel(&format!("the BPF program on {tracepoint}"), io_error)
+            } else {
+                let last = lines[lines.len().saturating_sub(12)..].join("\n");
+                ProbeError::Verifier { tracepoint: tracepoint.to_owned(), error: io_error, last_lines: last }
+            }
+        }
+        ProgramError::SyscallError(error) => {
+            ProbeError::from_kernel(&format!("the BPF program on {tracepoint}"), error.io_error)
+        }
+        other => ProbeError::Tracepoint { tracepoint: tracepoint.to_owned(), cause: chain(&other) },
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(error) = next {
+        let part = error.to_string();
+        if !text.contains(&part) {
+            text = format!("{text}: {part}");
+        }
+        next = error.source();
+    }
+    text
+}
+
+fn full(error: MapError) -> WatchError {
+    match error {
+        MapError::SyscallError(error) if error.io_error.raw_os_error() == Some(libc::E2BIG) => {
+            WatchError::Full
+        }
+        other => WatchError::Map(chain(&other)),
+    }
+}
+
+/// The end of `struct bpf_prog_info` as far as it is needed, `include/uapi/linux/bpf.h`. aya keeps
+/// the count of misses to itself.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct ProgramStatistics {
+    before: [u64; 24],
+    run_time_ns: u64,
+    run_cnt: u64,
+    recursion_misses: u64,
+}
+
+impl ProgramStatistics {
+    fn of(program: i32) -> Option<Self> {
+        /// `bpf_attr`, the member `info`.
+        #[repr(C)]
+        struct Attr {
+            bpf_fd: u32,
+            info_len: u32,
+            info: u64,
+        }
+        const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+
+        let mut info = Self { before: [0; 24], run_time_ns: 0, run_cnt: 0, recursion_misses: 0 };
+        let attr = Attr {
+            bpf_fd: u32::try_from(program).ok()?,
+            info_len: size_of::<Self>() as u32,
+            info: (&raw mut info) as u64,
+        };
+        // SAFETY: attr is whole and says how large info is; the kernel writes no more than that. The
+        // pointers and lengths in info are zero: nothing else is asked for.
+        let done = unsafe {
+            libc::syscall(libc::SYS_bpf, BPF_OBJ_GET_INFO_BY_FD, &raw const attr, size_of::<Attr>())
+        };
+        (done == 0).then_some(info)
+    }
+}

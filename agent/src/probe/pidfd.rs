@@ -1,0 +1,354 @@
+//! The way without BPF: a pidfd for each process, and a thread that waits for all of them.
+//!
+//! Only processes that were named are seen, and only their end. A pidfd becomes readable when the
+//! process has ended; how it ended must be asked then, and is in one of three places: with the
+//! kernel's record of reaped processes (`PIDFD_GET_INFO` with `PIDFD_INFO_EXIT`, Linux 6.15), with
+//! the zombie in /proc while nobody has reaped it, or nowhere.
+#![allow(unsafe_code, reason = "pidfd_open and its ioctl have no safe wrappers in nix")]
+
+use std::{
+    collections::HashMap,
+    fs, io,
+    os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread::{self, JoinHandle},
+};
+
+use nix::{
+    errno::Errno,
+    sys::{
+        epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
+        eventfd::{EfdFlags, EventFd},
+    },
+    time::{ClockId, clock_gettime},
+    unistd::{SysconfVar, sysconf},
+};
+
+use super::{BootNs, ProbeEvent, Slot};
+use crate::event::{ExitStatus, Process};
+
+/// The key of the stopping event; those of processes count up from 0.
+const STOP: u64 = u64::MAX;
+
+/// Why a process cannot be watched by pidfd.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PidfdError {
+    /// It is gone; whoever asked may have to look how.
+    #[error(
+        "process {pid} cannot be watched: it has ended already. Ask systemd for the unit's main process again"
+    )]
+    Gone {
+        /// The process.
+        pid: u32,
+    },
+    /// The kernel refuses.
+    #[error(
+        "process {pid} cannot be watched: {error}. ftd needs Linux 5.3 or newer and free file descriptors"
+    )]
+    Open {
+        /// The process.
+        pid: u32,
+        /// Why.
+        #[source]
+        error: io::Error,
+    },
+    /// The thread cannot be started.
+    #[error("the thread that waits for processes cannot be started: {0}. Look at the limits of ftd.service")]
+    Start(#[source] io::Error),
+}
+
+/// A process as it was when it was named; /proc has nothing of it any more when it has been reaped.
+#[derive(Debug)]
+struct Watched {
+    slot: Slot,
+    pidfd: OwnedFd,
+    stat: Stat,
+    uid: u32,
+}
+
+#[derive(Debug)]
+struct Shared {
+    epoll: Epoll,
+    stop: EventFd,
+    next: AtomicU64,
+    watched: Mutex<HashMap<u64, Watched>>,
+}
+
+impl Shared {
+    fn watched(&self) -> MutexGuard<'_, HashMap<u64, Watched>> {
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Waits for processes to end. Dropping it ends its thread.
+#[derive(Debug)]
+pub struct PidfdWatch {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl PidfdWatch {
+    /// Starts the thread that calls `sink` with a [`ProbeEvent::Exit`] for each process that ends.
+    pub fn start(sink: impl FnMut(ProbeEvent) + Send + 'static) -> Result<Self, PidfdError> {
+        let start = |error: Errno| PidfdError::Start(error.into());
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(start)?;
+        let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map_err(start)?;
+        epoll.add(stop.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, STOP)).map_err(start)?;
+        let shared = Arc::new(Shared { epoll, stop, next: AtomicU64::new(0), watched: Mutex::default() });
+        let thread = thread::Builder::new()
+            .name("ftd-pidfd".into())
+            .spawn({
+                let shared = Arc::clone(&shared);
+                move || wait(&shared, sink)
+            })
+            .map_err(PidfdError::Start)?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Watches a process on behalf of a unit. It is forgotten when it has ended.
+    pub fn watch(&self, slot: Slot, pid: u32) -> Result<(), PidfdError> {
+        let open = |error: Errno| match error {
+            Errno::ESRCH => PidfdError::Gone { pid },
+            error => PidfdError::Open { pid, error: error.into() },
+        };
+        let pidfd = pidfd_open(pid).map_err(open)?;
+        let stat = Stat::read(pid).ok_or(PidfdError::Gone { pid })?;
+        let uid = uid(pid).ok_or(PidfdError::Gone { pid })?;
+        // Not reaped before both were read, so they are of this process and not of a later one with
+        // its number.
+        is_unreaped(&pidfd).map_err(open)?;
+        let key = self.shared.next.fetch_add(1, Ordering::Relaxed);
+        let mut watched = self.shared.watched();
+        let added = self.shared.epoll.add(pidfd.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, key));
+        added.map_err(open)?;
+        watched.insert(key, Watched { slot, pidfd, stat, uid });
+        Ok(())
+    }
+
+    /// Forgets all processes of a unit.
+    pub fn unwatch(&self, slot: Slot) {
+        // closing a pidfd takes it out of the epoll set
+        self.shared.watched().retain(|_, watched| watched.slot != slot);
+    }
+}
+
+impl Drop for PidfdWatch {
+    fn drop(&mut self) {
+        let _ = self.shared.stop.write(1);
+        if let Some(thread) = self.thread.take()
+            && thread.thread().id() != thread::current().id()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread that waits for processes ended by a panic");
+        }
+    }
+}
+
+fn wait(shared: &Shared, mut sink: impl FnMut(ProbeEvent)) {
+    let mut events = [EpollEvent::empty(); 64];
+    loop {
+        let ready = match shared.epoll.wait(&mut events, EpollTimeout::NONE) {
+            Ok(ready) => ready,
+            Err(Errno::EINTR) => continue,
+            Err(error) => {
+                tracing::error!(%error, "processes cannot be waited for any more");
+                return;
+            }
+        };
+        let at = BootNs(boot_ns());
+        for event in &events[..ready] {
+            if event.data() == STOP {
+                return;
+            }
+            // released before the sink, which may watch the successor
+            let Some(ended) = shared.watched().remove(&event.data()) else { continue };
+            let _ = shared.epoll.delete(ended.pidfd.as_fd());
+            sink(ended.exit(at));
+        }
+    }
+}
+
+impl Watched {
+    fn exit(self, at: BootNs) -> ProbeEvent {
+        let status = exit_info(&self.pidfd).or_else(|| {
+            let stat = Stat::read(self.stat.pid)?;
+            let same = stat.start_ticks == self.stat.start_ticks && stat.state == 'Z';
+            same.then_some(stat.exit_code).flatten()
+        });
+        let started = self.stat.start_ticks.saturating_mul(1_000_000_000 / ticks_per_second());
+        ProbeEvent::Exit {
+            at,
+            slot: Some(self.slot),
+            process: Process { pid: self.stat.pid, comm: self.stat.comm, uid: self.uid },
+            ppid: self.stat.ppid,
+            status: status.map(ExitStatus::from_wait),
+            run_ns: at.0.saturating_sub(started),
+            max_rss: 0,
+        }
+    }
+}
+
+fn pidfd_open(pid: u32) -> Result<OwnedFd, Errno> {
+    // SAFETY: two integers; the answer is a descriptor of our own, or -1.
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    // SAFETY: as above; descriptors fit into an i32.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Whether the process still has its number, alive or as a zombie.
+fn is_unreaped(pidfd: &OwnedFd) -> Result<(), Errno> {
+    let no_info = std::ptr::null::<libc::siginfo_t>();
+    // SAFETY: signal 0 only asks.
+    let asked = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), 0, no_info, 0) };
+    Errno::result(asked).map(drop)
+}
+
+/// `struct pidfd_info` of Linux 6.15, `include/uapi/linux/pidfd.h`.
+#[derive(Debug, Default)]
+#[repr(C)]
+struct PidfdInfo {
+    mask: u64,
+    cgroup_id: u64,
+    ids: [u32; 11],
+    exit_code: i32,
+}
+
+const PIDFD_INFO_EXIT: u64 = 1 << 3;
+
+/// `_IOWR(0xff, 11, struct pidfd_info)`.
+const PIDFD_GET_INFO: u64 = 3 << 30 | (size_of::<PidfdInfo>() as u64) << 16 | 0xff << 8 | 0x0b;
+
+/// The wait status of a process that has been reaped. `None` before that, and on older kernels.
+fn exit_info(pidfd: &OwnedFd) -> Option<i32> {
+    let mut info = PidfdInfo { mask: PIDFD_INFO_EXIT, ..PidfdInfo::default() };
+    // SAFETY: the request says how large info is.
+    let done = unsafe { libc::ioctl(pidfd.as_raw_fd(), PIDFD_GET_INFO as _, &raw mut info) };
+    (done == 0 && info.mask & PIDFD_INFO_EXIT != 0).then_some(info.exit_code)
+}
+
+fn boot_ns() -> u64 {
+    clock_gettime(ClockId::CLOCK_BOOTTIME)
+        .map_or(0, |now| now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
+}
+
+fn ticks_per_second() -> u64 {
+    sysconf(SysconfVar::CLK_TCK)
+        .ok()
+        .flatten()
+        .and_then(|ticks| u64::try_from(ticks).ok())
+        .unwrap_or(100)
+        .max(1)
+}
+
+fn uid(pid: u32) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let uids = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+    uids.split_whitespace().next()?.parse().ok()
+}
+
+/// What is used of `/proc/PID/stat`, see `proc_pid_stat(5)`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Stat {
+    pid: u32,
+    comm: String,
+    state: char,
+    ppid: u32,
+    /// Since boot.
+    start_ticks: u64,
+    /// Wait status, if it may be read.
+    exit_code: Option<i32>,
+}
+
+impl Stat {
+    fn read(pid: u32) -> Option<Self> {
+        let bytes = fs::read(format!("/proc/{pid}/stat")).ok()?;
+        Self::parse(&String::from_utf8_lossy(&bytes))
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        // the name may hold anything, closing parentheses too
+        let (pid, rest) = text.split_once(" (")?;
+        let (comm, rest) = rest.rsplit_once(") ")?;
+        let fields: Vec<&str> = rest.split_whitespace().collect();
+        // fields[0] is field 3 of the manual page
+        let field = |number: usize| fields.get(number - 3).copied();
+        Some(Self {
+            pid: pid.parse().ok()?,
+            comm: comm.to_owned(),
+            state: field(3)?.chars().next()?,
+            ppid: field(4)?.parse().ok()?,
+            start_ticks: field(22)?.parse().ok()?,
+            exit_code: field(52).and_then(|code| code.parse().ok()),
+        })
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, reason = "a test panics where it fails")]
+mod tests {
+    use std::{
+        process::{Command, Stdio},
+        sync::mpsc,
+        time::Duration,
+    };
+
+    use super::*;
+
+    #[test]
+    fn a_name_may_hold_parentheses() {
+        let mut text = String::from("12 (a) b (c) S 1");
+        for number in 5..=52 {
+            text = format!("{text} {number}");
+        }
+        let stat = Stat::parse(&text).unwrap();
+        assert_eq!((stat.pid, stat.comm.as_str(), stat.state, stat.ppid), (12, "a) b (c", 'S', 1));
+        assert_eq!((stat.start_ticks, stat.exit_code), (22, Some(52)));
+        assert_eq!(Stat::parse("12 (a"), None);
+        assert_eq!(Stat::parse("12 (a) S"), None);
+    }
+
+    fn child() -> std::process::Child {
+        Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap()
+    }
+
+    fn next(events: &mpsc::Receiver<ProbeEvent>) -> ProbeEvent {
+        events.recv_timeout(Duration::from_secs(10)).expect("no event came")
+    }
+
+    #[test]
+    fn a_zombie_tells_its_status() {
+        let (send, events) = mpsc::channel();
+        let watch = PidfdWatch::start(move |event| send.send(event).unwrap()).unwrap();
+        let mut child = child();
+        watch.watch(Slot(3), child.id()).unwrap();
+        child.kill().unwrap();
+        // not reaped until the event has come
+        let ProbeEvent::Exit { slot, process, ppid, status, .. } = next(&events) else { panic!() };
+        assert_eq!((slot, process.pid, ppid), (Some(Slot(3)), child.id(), std::process::id()));
+        assert_eq!(status, Some(ExitStatus::Signal { signal: 9, core: false }));
+        child.wait().unwrap();
+        assert!(matches!(watch.watch(Slot(3), child.id()), Err(PidfdError::Gone { .. })));
+    }
+
+    #[test]
+    fn an_unwatched_process_is_forgotten() {
+        let (send, events) = mpsc::channel();
+        let watch = PidfdWatch::start(move |event| send.send(event).unwrap()).unwrap();
+        let (mut first, mut second) = (child(), child());
+        watch.watch(Slot(0), first.id()).unwrap();
+        watch.watch(Slot(1), second.id()).unwrap();
+        watch.unwatch(Slot(0));
+        first.kill().unwrap();
+        first.wait().unwrap();
+        drop(second.stdin.take());
+        let ProbeEvent::Exit { slot, status, .. } = next(&events) else { panic!() };
+        assert_eq!((slot, status), (Some(Slot(1)), Some(ExitStatus::Code(0))));
+        second.wait().unwrap();
+        drop(watch);
+        assert!(events.recv().is_err(), "the thread has ended, and the sink with it");
+    }
+}

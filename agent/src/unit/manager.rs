@@ -1,0 +1,534 @@
+//! The conversation with systemd's manager object.
+//!
+//! One task holds the connection and reads every message in the order in which systemd sent it:
+//! property changes become [`UnitView`]s, ends of jobs wake those who wait for them. That order matters:
+//! systemd sends a unit's new state before the end of the job that brought it about, and so does this
+//! task. When the connection breaks (bus restart, `daemon-reexec`) it says so, connects again, and
+//! starts from a fresh look at every unit, so nothing that happened meanwhile is missed.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use futures_util::StreamExt as _;
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::JoinSet,
+    time::timeout,
+};
+use zbus::{
+    Connection, Message, MessageStream, OwnedObjectPath, OwnedVariant, Variant,
+    message::{Flags, Type},
+};
+
+use super::{UnitView, alias, direct};
+
+const NAME: &str = "org.freedesktop.systemd1";
+const PATH: &str = "/org/freedesktop/systemd1";
+const MANAGER: &str = "org.freedesktop.systemd1.Manager";
+const UNIT: &str = "org.freedesktop.systemd1.Unit";
+const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
+/// The socket on which PID 1 itself listens for root.
+const PRIVATE_SOCKET: &str = "/run/systemd/private";
+/// First and longest wait between attempts to connect again.
+const RECONNECT: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
+/// How long systemd may take to answer one call.
+const CALL_LIMIT: Duration = Duration::from_secs(25);
+/// Ends of jobs remembered for those who ask after the fact.
+const ENDED_JOBS: usize = 256;
+
+/// What the conversation tells.
+#[derive(Debug)]
+pub enum Report {
+    /// A unit's current state.
+    View {
+        /// Index in the list of units.
+        unit: usize,
+        /// The name that systemd itself uses.
+        id: String,
+        /// The state.
+        view: UnitView,
+    },
+    /// The connection is gone.
+    Lost(String),
+    /// It is back, after this long.
+    Back(Duration),
+}
+
+/// Why a unit could not be told to do something.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum JobError {
+    /// A job that contradicts it is queued, such as a stop.
+    #[error("another job is queued for it: {0}")]
+    Contradicts(String),
+    /// systemd refuses.
+    #[error("systemd refuses: {0}")]
+    Refused(String),
+    /// No connection to systemd.
+    #[error("systemd cannot be reached: {0}")]
+    Unreachable(String),
+    /// The job was not over in time; it may still be.
+    #[error("not over after {}", humantime::format_duration(*.0))]
+    TooLate(Duration),
+}
+
+/// A handle to the conversation; cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Systemd {
+    connection: Arc<Mutex<Option<Connection>>>,
+    jobs: Arc<Mutex<Jobs>>,
+}
+
+#[derive(Debug, Default)]
+struct Jobs {
+    waiting: HashMap<OwnedObjectPath, oneshot::Sender<String>>,
+    ended: VecDeque<(OwnedObjectPath, String)>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Systemd {
+    /// Whether there is a connection.
+    pub fn connected(&self) -> bool {
+        lock(&self.connection).is_some()
+    }
+
+    fn connection(&self) -> Result<Connection, JobError> {
+        lock(&self.connection).clone().ok_or_else(|| JobError::Unreachable("not connected".into()))
+    }
+
+    /// Holds the conversation about `units` for ever, telling `sink` what is learned.
+    pub async fn converse(&self, units: Vec<String>, sink: impl Fn(Report)) {
+        let (mut wait, mut lost_at) = (RECONNECT.0, None::<Instant>);
+        loop {
+            let cause = match self.session(&units, &sink, &mut lost_at, &mut wait).await {
+                Ok(()) => "systemd closed the connection".to_owned(),
+                Err(error) => error.to_string(),
+            };
+            *lock(&self.connection) = None;
+            lock(&self.jobs).waiting.clear();
+            if lost_at.is_none() {
+                lost_at = Some(Instant::now());
+                sink(Report::Lost(cause));
+            }
+            // Nothing announces that PID 1 listens again, so this one wait is timed.
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(RECONNECT.1);
+        }
+    }
+
+    async fn session(
+        &self,
+        units: &[String],
+        sink: &impl Fn(Report),
+        lost_at: &mut Option<Instant>,
+        wait: &mut Duration,
+    ) -> zbus::Result<()> {
+        let connection = connect().await?;
+        let (_reading, mut messages) = read_ahead(MessageStream::from(&connection));
+        call(&connection, PATH, MANAGER, "Subscribe", &()).await?;
+        let mut book = Book::default();
+        for (index, name) in units.iter().enumerate() {
+            book.look_up(&connection, index, name).await?;
+        }
+        *lock(&self.connection) = Some(connection.clone());
+        if let Some(since) = lost_at.take() {
+            sink(Report::Back(since.elapsed()));
+        }
+        *wait = RECONNECT.0;
+        for index in 0..units.len() {
+            book.report(index, sink);
+        }
+        while let Some(message) = messages.recv().await {
+            let message = message?;
+            if message.message_type() != Type::Signal {
+                continue;
+            }
+            let header = message.header();
+            let (Some(member), Some(path)) = (header.member(), header.path()) else { continue };
+            match member.as_str() {
+                "PropertiesChanged" => {
+                    if let Some(index) = book.index_of(path.as_str())
+                        && book.apply(index, &message)?
+                    {
+                        book.report(index, sink);
+                    }
+                }
+                "JobRemoved" => {
+                    let body = message.body();
+                    let (_, job, _, result): (u32, OwnedObjectPath, String, String) = body.deserialize()?;
+                    lock(&self.jobs).end(job, result);
+                }
+                "UnitNew" => {
+                    let body = message.body();
+                    let (id, new): (String, OwnedObjectPath) = body.deserialize()?;
+                    let ours = book.index_of(new.as_str()).or_else(|| book.index_of_name(units, &id));
+                    if let Some(index) = ours {
+                        book.look_up(&connection, index, &units[index]).await?;
+                        book.report(index, sink);
+                    }
+                }
+                // The end of a daemon-reload: unit files may say something else now.
+                "Reloading" if !message.body().deserialize::<bool>()? => {
+                    for (index, name) in units.iter().enumerate() {
+                        book.look_up(&connection, index, name).await?;
+                        book.report(index, sink);
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Clears a unit's failure and start-limit counters and starts it, unless a contradicting job is
+    /// queued; answers the job's result.
+    pub async fn start(&self, unit: &str, limit: Duration) -> Result<String, JobError> {
+        let connection = self.connection()?;
+        let reset = Message::method_call(PATH, "ResetFailedUnit")
+            .destination(NAME)
+            .interface(MANAGER)
+            .with_flags(Flags::NO_REPLY_EXPECTED)
+            .build(&(unit,));
+        if let Ok(reset) = reset {
+            // Sent first on the same connection, so done first. It fails only for a unit that is not
+            // loaded, and such a unit has no counters.
+            let _ = connection.send(&reset).await;
+        }
+        self.job(&connection, "StartUnit", unit, "fail", limit).await
+    }
+
+    /// Stops a unit, replacing what is queued for it; answers the job's result.
+    pub async fn stop(&self, unit: &str, limit: Duration) -> Result<String, JobError> {
+        self.job(&self.connection()?, "StopUnit", unit, "replace", limit).await
+    }
+
+    /// Restarts a unit unless a contradicting job is queued; what has not stopped after `kill_after` is
+    /// killed. Answers the job's result.
+    pub async fn restart(
+        &self,
+        unit: &str,
+        kill_after: Duration,
+        limit: Duration,
+    ) -> Result<String, JobError> {
+        let connection = self.connection()?;
+        let job = self.job(&connection, "RestartUnit", unit, "fail", limit);
+        tokio::pin!(job);
+        if let Ok(result) = timeout(kill_after, &mut job).await {
+            return result;
+        }
+        let old_run = self.state(unit).await;
+        if old_run.is_ok_and(|state| state == "deactivating") {
+            let kill = (unit, "all", libc::SIGKILL);
+            if let Err(error) = call(&connection, PATH, MANAGER, "KillUnit", &kill).await {
+                tracing::warn!(unit, %error, "what does not stop cannot be killed");
+            }
+        }
+        job.await
+    }
+
+    /// `ActiveState` of a unit, asked for now.
+    pub async fn state(&self, unit: &str) -> Result<String, JobError> {
+        let connection = self.connection()?;
+        let path: OwnedObjectPath =
+            body(&call(&connection, PATH, MANAGER, "LoadUnit", &(unit,)).await.map_err(refusal)?)?;
+        let reply = call(&connection, path.as_str(), PROPERTIES, "Get", &(UNIT, "ActiveState")).await;
+        let value: OwnedVariant = body(&reply.map_err(refusal)?)?;
+        String::try_from(value).map_err(|error| JobError::Refused(error.to_string()))
+    }
+
+    /// Sets a unit's limits of memory and swap, until they are set again or the host restarts.
+    pub async fn set_memory_limits(&self, unit: &str, bytes: u64, swap: u64) -> Result<(), JobError> {
+        let limits = vec![("MemoryMax", Variant::from(bytes)), ("MemorySwapMax", Variant::from(swap))];
+        let arguments = (unit, true, limits);
+        call(&self.connection()?, PATH, MANAGER, "SetUnitProperties", &arguments).await.map_err(refusal)?;
+        Ok(())
+    }
+
+    /// systemd's version.
+    pub async fn version(&self) -> Result<String, JobError> {
+        let reply = call(&self.connection()?, PATH, PROPERTIES, "Get", &(MANAGER, "Version")).await;
+        let value: OwnedVariant = body(&reply.map_err(refusal)?)?;
+        String::try_from(value).map_err(|error| JobError::Refused(error.to_string()))
+    }
+
+    async fn job(
+        &self,
+        connection: &Connection,
+        method: &str,
+        unit: &str,
+        mode: &str,
+        limit: Duration,
+    ) -> Result<String, JobError> {
+        let reply = call(connection, PATH, MANAGER, method, &(unit, mode)).await.map_err(refusal)?;
+        let job: OwnedObjectPath = body(&reply)?;
+        let (sender, end) = oneshot::channel();
+        if let Some(result) = lock(&self.jobs).wait_for(&job, sender) {
+            return Ok(result);
+        }
+        match timeout(limit, end).await {
+            Ok(Ok(result)) => Ok(result),
+            Ok(Err(_)) => Err(JobError::Unreachable("the connection broke while the job ran".into())),
+            Err(_) => {
+                lock(&self.jobs).waiting.remove(&job);
+                Err(JobError::TooLate(limit))
+            }
+        }
+    }
+}
+
+impl Jobs {
+    fn end(&mut self, job: OwnedObjectPath, result: String) {
+        if let Some(waiting) = self.waiting.remove(&job) {
+            // He who no longer waits has given up.
+            let _ = waiting.send(result);
+            return;
+        }
+        // The end may be read before the answer that names the job has reached the caller.
+        if self.ended.len() == ENDED_JOBS {
+            self.ended.pop_front();
+        }
+        self.ended.push_back((job, result));
+    }
+
+    fn wait_for(&mut self, job: &OwnedObjectPath, waiting: oneshot::Sender<String>) -> Option<String> {
+        if let Some(at) = self.ended.iter().position(|(ended, _)| ended == job) {
+            return self.ended.remove(at).map(|(_, result)| result);
+        }
+        self.waiting.insert(job.clone(), waiting);
+        None
+    }
+}
+
+async fn connect() -> zbus::Result<Connection> {
+    if Path::new(PRIVATE_SOCKET).exists() {
+        match direct::connect(Path::new(PRIVATE_SOCKET)).await {
+            Ok(connection) => return Ok(connection),
+            Err(error) => tracing::debug!(%error, "{PRIVATE_SOCKET} refuses; trying the system bus"),
+        }
+    }
+    let connection = Connection::system().await?;
+    let rule = zbus::MatchRule::builder().msg_type(Type::Signal).sender(NAME).build()?;
+    zbus::fdo::DBusProxy::new(&connection).await?.add_match_rule(rule).await?;
+    Ok(connection)
+}
+
+/// Takes messages off the connection whatever happens, in a task that ends with the returned set. A
+/// connection whose signals nobody takes delivers no answers either, and after a daemon-reload systemd sends
+/// hundreds of signals while this session is asking about its units.
+fn read_ahead(mut messages: MessageStream) -> (JoinSet<()>, mpsc::UnboundedReceiver<zbus::Result<Message>>) {
+    let (sender, receiver) = mpsc::unbounded_channel();
+    let mut reading = JoinSet::new();
+    reading.spawn(async move {
+        while let Some(message) = messages.next().await {
+            if sender.send(message).is_err() {
+                return;
+            }
+        }
+    });
+    (reading, receiver)
+}
+
+async fn call<B>(
+    connection: &Connection,
+    path: &str,
+    interface: &str,
+    method: &str,
+    body: &B,
+) -> zbus::Result<Message>
+where
+    B: serde::Serialize + zbus::DynamicType,
+{
+    let answer = connection.call_method(Some(NAME), path, Some(interface), method, body);
+    timeout(CALL_LIMIT, answer)
+        .await
+        .map_err(|_| zbus::Error::Failure(format!("no answer to {method} within {CALL_LIMIT:?}")))?
+}
+
+fn body<T>(message: &Message) -> Result<T, JobError>
+where
+    T: for<'a> zbus::zvariant::DynamicDeserialize<'a>,
+{
+    message.body().deserialize().map_err(|error| JobError::Refused(format!("odd answer: {error}")))
+}
+
+fn refusal(error: zbus::Error) -> JobError {
+    match error {
+        zbus::Error::MethodError(name, text, _) => {
+            let text = text.unwrap_or_else(|| name.to_string());
+            match name.as_str().rsplit('.').next() {
+                Some("TransactionIsDestructive" | "TransactionJobsConflicting") => {
+                    JobError::Contradicts(text)
+                }
+                _ => JobError::Refused(text),
+            }
+        }
+        zbus::Error::InputOutput(error) => JobError::Unreachable(error.to_string()),
+        other => JobError::Unreachable(other.to_string()),
+    }
+}
+
+/// What is known of each unit during one session.
+#[derive(Debug, Default)]
+struct Book {
+    pages: Vec<Page>,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Page {
+    path: String,
+    id: String,
+    slice: String,
+    view: UnitView,
+}
+
+impl Book {
+    fn index_of(&self, path: &str) -> Option<usize> {
+        self.pages.iter().position(|page| page.path == path)
+    }
+
+    /// A unit that appears under a name that was asked for, or under another name of the same service.
+    fn index_of_name(&self, units: &[String], id: &str) -> Option<usize> {
+        let asked = |name: &String| name == id || alias::others(name).any(|other| other == id);
+        let index = units.iter().position(asked)?;
+        (!self.pages[index].view.is_loaded()).then_some(index)
+    }
+
+    /// Reads all of a unit's properties anew.
+    async fn look_up(&mut self, connection: &Connection, index: usize, name: &str) -> zbus::Result<()> {
+        let mut page = Page::read(connection, name).await?;
+        if page.view.load_state == "not-found" {
+            for other in alias::others(name) {
+                let candidate = Page::read(connection, other).await?;
+                if candidate.view.load_state != "not-found" {
+                    page = candidate;
+                    break;
+                }
+            }
+        }
+        if self.pages.len() <= index {
+            self.pages.resize_with(index + 1, Page::default);
+        }
+        self.pages[index] = page;
+        Ok(())
+    }
+
+    /// Takes over changed properties; answers whether there were any of interest.
+    fn apply(&mut self, index: usize, message: &Message) -> zbus::Result<bool> {
+        let body = message.body();
+        let (_, changed, _): (String, HashMap<String, OwnedVariant>, Vec<String>) = body.deserialize()?;
+        let page = &mut self.pages[index];
+        let before = page.view.clone();
+        page.take(changed);
+        Ok(page.view != before)
+    }
+
+    fn report(&self, index: usize, sink: &impl Fn(Report)) {
+        let Page { id, view, .. } = &self.pages[index];
+        sink(Report::View { unit: index, id: id.clone(), view: view.clone() });
+    }
+}
+
+impl Page {
+    async fn read(connection: &Connection, name: &str) -> zbus::Result<Self> {
+        let reply = call(connection, PATH, MANAGER, "LoadUnit", &(name,)).await?;
+        let path: OwnedObjectPath = reply.body().deserialize()?;
+        let mut page = Self { path: path.to_string(), id: name.to_owned(), ..Self::default() };
+        let of = |interface: &'static str| {
+            let path = page.path.clone();
+            async move { call(connection, &path, PROPERTIES, "GetAll", &(interface,)).await }
+        };
+        let (unit, service) = (of(UNIT).await?, of("org.freedesktop.systemd1.Service").await);
+        page.take(unit.body().deserialize()?);
+        // Only services have these; of other kinds there is no main process to watch.
+        if let Ok(service) = service {
+            page.take(service.body().deserialize()?);
+        }
+        Ok(page)
+    }
+
+    fn take(&mut self, properties: HashMap<String, OwnedVariant>) {
+        let view = &mut self.view;
+        for (name, value) in properties {
+            match name.as_str() {
+                "Id" => set(&mut self.id, value),
+                "Slice" => set(&mut self.slice, value),
+                "LoadState" => set(&mut view.load_state, value),
+                "LoadError" => {
+                    if let Ok((_, text)) = <(String, String)>::try_from(value) {
+                        view.load_error = text;
+                    }
+                }
+                "ActiveState" => set(&mut view.active_state, value),
+                "SubState" => set(&mut view.sub_state, value),
+                "Result" => set(&mut view.result, value),
+                "MainPID" => set(&mut view.main_pid, value),
+                "ControlGroup" => set(&mut view.control_group, value),
+                "Job" => {
+                    if let Ok((id, _)) = <(u32, OwnedObjectPath)>::try_from(value) {
+                        view.job = id;
+                    }
+                }
+                "ActiveEnterTimestampMonotonic" => set(&mut view.active_enter, value),
+                "NRestarts" => set(&mut view.n_restarts, value),
+                "Restart" => set(&mut view.restart, value),
+                "RestartUSec" => set(&mut view.restart_usec, value),
+                "ExecMainCode" => set(&mut view.exec_main_code, value),
+                "ExecMainStatus" => set(&mut view.exec_main_status, value),
+                "MemoryMax" => set(&mut view.memory_max, value),
+                "MemorySwapMax" => set(&mut view.memory_swap_max, value),
+                _ => {}
+            }
+        }
+        // systemd does not announce a change of the cgroup, but where it will be is known beforehand.
+        if view.control_group.is_empty() && view.load_state == "loaded" {
+            view.control_group = format!("{}/{}", slice_path(&self.slice), self.id);
+        }
+    }
+}
+
+fn set<T: TryFrom<OwnedVariant>>(field: &mut T, value: OwnedVariant) {
+    if let Ok(value) = T::try_from(value) {
+        *field = value;
+    }
+}
+
+/// The cgroup of a slice: `a-b.slice` lies in `a.slice`, see systemd.slice(5).
+fn slice_path(slice: &str) -> String {
+    let stem = slice.strip_suffix(".slice").unwrap_or(slice);
+    if matches!(stem, "" | "-") {
+        return String::new();
+    }
+    let ends = stem.match_indices('-').map(|(at, _)| at).chain([stem.len()]);
+    ends.fold(String::new(), |path, end| format!("{path}/{}.slice", &stem[..end]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slice_lies_in_the_slices_that_its_name_spells() {
+        assert_eq!(slice_path("system.slice"), "/system.slice");
+        assert_eq!(slice_path("a-b-c.slice"), "/a.slice/a-b.slice/a-b-c.slice");
+        assert_eq!(slice_path("-.slice"), "");
+    }
+
+    #[test]
+    fn the_end_of_a_job_is_found_whichever_comes_first() {
+        let path = |n: u32| OwnedObjectPath::try_from(format!("{PATH}/job/{n}")).unwrap();
+        let mut jobs = Jobs::default();
+        jobs.end(path(1), "done".into());
+        assert_eq!(jobs.wait_for(&path(1), oneshot::channel().0), Some("done".into()));
+        let (sender, mut end) = oneshot::channel();
+        assert_eq!(jobs.wait_for(&path(2), sender), None);
+        jobs.end(path(2), "failed".into());
+        assert_eq!(end.try_recv().unwrap(), "failed");
+    }
+}

@@ -1,0 +1,327 @@
+//! The rules of healing on a real host: the installed package, real nginx and apache2, one rule a test.
+//!
+//! As root: `cargo xtask test --only heal`
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that panics names its line")]
+
+use std::time::Duration;
+
+use harness::{BootOptions, Events, Host, Lab};
+use serde_json::Value;
+
+const NGINX: &str = "nginx.service";
+const APACHE: &str = "apache2.service";
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// nginx comes back whatever happens to it; a stop of apache2 (asked for as `httpd`) is respected.
+const CONFIG: &str = r#"
+[inject]
+enabled = true
+[heal]
+restarts = 6
+within = "20s"
+backoff = "50ms"
+settle = "1ms"
+kill_after = "1s"
+[[workload]]
+name = "web"
+units = ["nginx"]
+on_stop = "restart"
+health = "http://127.0.0.1/"
+health_every = "200ms"
+health_deadline = "500ms"
+health_failures = 2
+health_grace = "500ms"
+[[workload]]
+name = "site"
+units = ["httpd"]
+health = "http://127.0.0.1:8080/"
+"#;
+
+fn lab(config: &str) -> (Lab, Host, Events) {
+    let lab = Lab::new().unwrap();
+    let host = lab.boot("vm1", BootOptions::with_config(config)).unwrap();
+    host.wait_running().unwrap();
+    let mut events = Events::follow(&host).unwrap();
+    // Both are known to be up, and their checks have succeeded, so that a hang will be noticed.
+    events.until_proven(&host, 2).unwrap();
+    (lab, host, events)
+}
+
+fn status(host: &Host) -> Value {
+    serde_json::from_str(&host.run(["ftctl", "status", "--json"]).unwrap().stdout).unwrap()
+}
+
+fn main_pid(host: &Host, unit: &str) -> u64 {
+    host.ok(["systemctl", "show", "-P", "MainPID", unit]).unwrap().trim().parse().unwrap()
+}
+
+fn serves(host: &Host, port: u16) -> bool {
+    let url = format!("http://127.0.0.1:{port}/");
+    host.run(["curl", "-sf", "-m", "2", "-o", "/dev/null", &url]).unwrap().success()
+}
+
+/// How often systemd has started the unit since the host was booted: one journal entry each.
+fn starts(host: &Host, unit: &str) -> usize {
+    let entries =
+        host.ok(["journalctl", "-o", "cat", "-u", unit, "-g", "^Started|^Finished"]).unwrap_or_default();
+    entries.lines().count()
+}
+
+/// The events of one operation.
+fn operation(events: &mut Events, op: &Value) -> Vec<Value> {
+    events.seen().iter().filter(|event| &event["op"] == op).cloned().collect()
+}
+
+#[test]
+fn killed_by_somebody_who_is_named_and_back_at_once() {
+    let (_lab, host, mut events) = lab(CONFIG);
+    let before = (main_pid(&host, NGINX), starts(&host, NGINX));
+    host.ok(["bash", "-c", &format!("kill -9 {}", before.0)]).unwrap();
+    let healed = events.wait_for("healed", NGINX).unwrap();
+    assert_eq!((&healed["by"], &healed["main_pid"]), (&"ftd".into(), &main_pid(&host, NGINX).into()));
+    let operation = operation(&mut events, &healed["op"]);
+    let kinds: Vec<_> = operation.iter().map(|event| event["event"].as_str().unwrap()).collect();
+    assert_eq!(kinds, ["down", "decided", "process_died", "healed"], "{operation:#?}");
+    let died = &operation[2];
+    assert_eq!(died["status"]["signal"]["signal"], 9);
+    assert_eq!((&died["main"], &died["sender"]["comm"]), (&true.into(), &"bash".into()), "{died}");
+    assert_eq!(operation[0]["cause"], "killed");
+    assert!(serves(&host, 80));
+    assert_eq!(starts(&host, NGINX), before.1 + 1, "healed once, not twice");
+}
+
+#[test]
+fn an_exit_code_a_crash_and_a_clean_exit_are_told_apart_and_healed() {
+    // A service of our own that ends as it is told to.
+    let (_lab, host, mut events) = lab(&format!("{CONFIG}[[workload]]\nname = \"own\"\nunits = [\"own\"]\n"));
+    let script = "trap 'exit 3' USR1; trap 'exit 0' USR2; while :; do sleep 1000 & wait; done";
+    let unit = format!("[Service]\nExecStart=/bin/bash -c \"{script}\"\n");
+    host.write("/etc/systemd/system/own.service", unit).unwrap();
+    host.sh("systemctl daemon-reload && systemctl start own").unwrap();
+    events.until(&host, LIMIT, |status| status["units"][2]["phase"] == "up").unwrap();
+    for (signal, cause, code) in
+        [("USR1", "exit_code", Some(3)), ("USR2", "exited", Some(0)), ("SEGV", "killed", None)]
+    {
+        host.sh(&format!("kill -{signal} {}", main_pid(&host, "own"))).unwrap();
+        let down = events.wait_for("down", "own.service").unwrap();
+        assert_eq!(down["cause"], cause, "{down}");
+        events.wait_for("healed", "own.service").unwrap();
+        let pid = main_pid(&host, "own");
+        assert_ne!(pid, 0);
+        let died =
+            events.seen().iter().rev().find(|e| e["event"] == "process_died" && e["main"] == true).unwrap();
+        assert_eq!(died["status"]["code"].as_u64(), code, "{died}");
+    }
+}
+
+#[test]
+fn the_ooms_victim_is_named_and_the_service_back() {
+    let (_lab, host, mut events) = lab(CONFIG);
+    let victim = main_pid(&host, NGINX);
+    host.ok(["ftctl", "inject", "oom", "nginx"]).unwrap();
+    let oom = events.wait_for("oom_kill", NGINX).unwrap();
+    assert_eq!((&oom["pid"], &oom["comm"]), (&victim.into(), &"nginx".into()));
+    assert_eq!(events.wait_for("down", NGINX).unwrap()["cause"], "oom_killed");
+    events.wait_for("healed", NGINX).unwrap();
+    assert!(serves(&host, 80));
+    // Nothing of the fault is left.
+    events.until(&host, LIMIT, |status| status["faults"].as_array().unwrap().is_empty()).unwrap();
+    assert_eq!(host.sh("ls /var/lib/ftd/faults").unwrap(), "");
+    assert_eq!(host.sh("find /run/cgroup-v1 /sys/fs/cgroup -name 'ftd-fault*'").unwrap(), "");
+}
+
+#[test]
+fn a_service_that_does_not_answer_is_restarted() {
+    let (_lab, host, mut events) = lab(CONFIG);
+    host.ok(["ftctl", "inject", "hang", "nginx", "--for", "1min"]).unwrap();
+    assert_eq!(events.wait_for("down", NGINX).unwrap()["cause"], "hung");
+    let healed = events.wait_for("healed", NGINX).unwrap();
+    assert_eq!(healed["by"], "ftd");
+    assert!(serves(&host, 80));
+    // The fault ends with the run that it was made for, long before its minute is over.
+    let over = events.wait_for("fault_undone", NGINX).unwrap();
+    assert_eq!(over["why"], "healed");
+}
+
+#[test]
+fn a_frozen_service_is_restarted_and_pid_1_does_not_hang_on_it() {
+    let (_lab, host, mut events) = lab(CONFIG);
+    host.sh("echo 1 > /sys/fs/cgroup/system.slice/nginx.service/cgroup.freeze").unwrap();
+    assert_eq!(events.wait_for("down", NGINX).unwrap()["cause"], "hung");
+    events.wait_for("healed", NGINX).unwrap();
+    assert!(serves(&host, 80));
+}
+
+#[test]
+fn a_dead_worker_is_recorded_and_the_service_not_restarted() {
+    let (_lab, host, mut events) = lab(CONFIG);
+    let (main, started) = (main_pid(&host, NGINX), starts(&host, NGINX));
+    let worker: u64 = host.sh(&format!("pgrep -P {main} | head -n 1")).unwrap().trim().parse().unwrap();
+    host.sh(&format!("kill -9 {worker}")).unwrap();
+    let died = events.wait_for("process_died", NGINX).unwrap();
+    assert_eq!((&died["pid"], &died["main"]), (&worker.into(), &false.into()));
+    // A later event of the same unit proves that nothing was decided in between.
+    host.ok(["ftctl", "hold", "nginx"]).unwrap();
+    events.wait_for("held", NGINX).unwrap();
+    assert!(!events.seen().iter().any(|event| event["event"] == "decided"), "{:?}", events.seen());
+    assert_eq!((main_pid(&host, NGINX), starts(&host, NGINX)), (main, started));
+}
+
+#[test]
+fn a_stop_is_respected_or_undone_as_configured() {
+    let (_lab, host, mut events) = lab(CONFIG);
+    host.ok(["systemctl", "stop", "nginx"]).unwrap();
+    assert_eq!(events.wait_for("down", NGINX).unwrap()["cause"], "stopped");
+    events.wait_for("healed", NGINX).unwrap();
+    assert!(serves(&host, 80));
+
+    host.ok(["systemctl", "stop", "apache2"]).unwrap();
+    events.wait_for("left", APACHE).unwrap();
+    assert!(!serves(&host, 8080));
+    host.ok(["systemctl", "start", "apache2"]).unwrap();
+    events.wait_for("started", APACHE).unwrap();
+    let healed = events.seen().iter().any(|event| event["unit"] == APACHE && event["event"] == "decided");
+    assert!(!healed, "ftd had no part in it: {:?}", events.seen());
+}
+
+#[test]
+fn a_restart_and_a_reload_by_hand_are_nobody_elses_business() {
+    let (_lab, host, mut events) = lab(CONFIG);
+    let started = starts(&host, NGINX);
+    host.ok(["systemctl", "restart", "nginx"]).unwrap();
+    host.ok(["systemctl", "reload", "nginx"]).unwrap();
+    host.ok(["ftctl", "hold", "nginx"]).unwrap();
+    events.wait_for("held", NGINX).unwrap();
+    let acted = events.seen().iter().any(|event| matches!(event["event"].as_str(), Some("down" | "decided")));
+    assert!(!acted, "{:?}", events.seen());
+    assert_eq!(starts(&host, NGINX), started + 1);
+}
+
+#[test]
+fn what_systemd_restarts_by_itself_is_not_restarted_twice() {
+    let (_lab, host, mut events) = lab(CONFIG);
+    // Debian's apache2 has Restart=on-abort.
+    let started = starts(&host, APACHE);
+    host.sh(&format!("kill -9 {}", main_pid(&host, APACHE))).unwrap();
+    let decided = events.wait_for("decided", APACHE).unwrap();
+    assert_eq!(decided["action"], "leave_to_systemd");
+    assert_eq!(events.wait_for("healed", APACHE).unwrap()["by"], "systemd");
+    assert_eq!(starts(&host, APACHE), started + 1);
+
+    // And when systemd gives up at its own limit, ftd goes on.
+    let drop_in =
+        "[Unit]\nStartLimitIntervalSec=1h\nStartLimitBurst=2\n[Service]\nRestart=always\nRestartSec=0\n";
+    host.sh("mkdir -p /etc/systemd/system/nginx.service.d").unwrap();
+    host.write("/etc/systemd/system/nginx.service.d/limit.conf", drop_in).unwrap();
+    host.ok(["systemctl", "daemon-reload"]).unwrap();
+    let mut healers = Vec::new();
+    for _ in 0..3 {
+        host.sh(&format!("kill -9 {}", main_pid(&host, NGINX))).unwrap();
+        healers.push(events.wait_for("healed", NGINX).unwrap()["by"].as_str().unwrap().to_owned());
+    }
+    assert!(healers.contains(&"systemd".into()) && healers.contains(&"ftd".into()), "{healers:?}");
+    assert!(serves(&host, 80));
+}
+
+#[test]
+fn a_crash_loop_backs_off_ends_in_failed_and_waits_for_a_person() {
+    let (_lab, host, mut events) = lab(CONFIG);
+    host.sh("cp /etc/nginx/nginx.conf /root/ && echo nonsense >> /etc/nginx/nginx.conf").unwrap();
+    host.sh(&format!("kill -9 {}", main_pid(&host, NGINX))).unwrap();
+    let failed = events.wait_for("failed", NGINX).unwrap();
+    assert_eq!(failed["attempts"], 6);
+    let decided: Vec<_> =
+        operation(&mut events, &failed["op"]).into_iter().filter(|e| e["event"] == "decided").collect();
+    let delays: Vec<_> = decided.iter().map(|event| event["delay_ms"].as_u64().unwrap()).collect();
+    assert_eq!(delays, [0, 50, 100, 200, 400, 800, 0], "the last one is the end");
+    assert_eq!(host.run(["ftctl", "status"]).unwrap().status.code(), Some(4));
+
+    // Terminal, for a new ftd too.
+    host.ok(["systemctl", "restart", "ftd"]).unwrap();
+    let mut events = Events::follow(&host).unwrap();
+    events.until(&host, LIMIT, |status| status["units"][0]["phase"] == "failed").unwrap();
+    host.sh("mv /root/nginx.conf /etc/nginx/nginx.conf").unwrap();
+    host.ok(["ftctl", "release", "nginx"]).unwrap();
+    events.wait_for("healed", NGINX).unwrap();
+    assert!(serves(&host, 80));
+}
+
+#[test]
+fn a_held_unit_is_left_alone_until_the_hold_ends() {
+    let (_lab, host, mut events) = lab(CONFIG);
+    host.ok(["ftctl", "hold", "nginx", "--reason", "upgrade"]).unwrap();
+    host.sh(&format!("kill -9 {}", main_pid(&host, NGINX))).unwrap();
+    assert_eq!(events.wait_for("decided", NGINX).unwrap()["action"], "held");
+    let refused = host.run(["ftctl", "inject", "kill", "nginx"]).unwrap();
+    assert!(!refused.success() && refused.stderr.contains("is held"), "{refused:?}");
+
+    // The hold outlives ftd.
+    host.ok(["systemctl", "kill", "-s", "KILL", "ftd"]).unwrap();
+    let mut events = follow_again(&host);
+    assert!(!serves(&host, 80));
+    assert!(status(&host)["units"][0]["held"].is_object());
+    // Held again, now with an end: at that it is healed, with nobody's help.
+    host.ok(["ftctl", "hold", "nginx", "--for", "500ms"]).unwrap();
+    assert_eq!(events.wait_for("released", NGINX).unwrap()["by"], "time");
+    events.wait_for("healed", NGINX).unwrap();
+    assert!(serves(&host, 80));
+}
+
+/// A follower of the ftd that systemd starts after one was killed.
+fn follow_again(host: &Host) -> Events {
+    let end = std::time::Instant::now() + harness::scaled(LIMIT);
+    loop {
+        match Events::follow(host) {
+            Ok(events) => return events,
+            Err(error) => assert!(std::time::Instant::now() < end, "{error:#}"),
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn what_happens_while_ftd_is_away_is_healed_when_it_is_back() {
+    let (_lab, host, _events) = lab(CONFIG);
+    let apache = main_pid(&host, APACHE);
+    host.ok(["systemctl", "stop", "ftd"]).unwrap();
+    host.sh(&format!("kill -9 {}", main_pid(&host, NGINX))).unwrap();
+    host.ok(["systemctl", "start", "ftd"]).unwrap();
+    let mut events = Events::follow(&host).unwrap();
+    events.until(&host, LIMIT, |status| status["units"][0]["phase"] == "up").unwrap();
+    assert!(serves(&host, 80));
+    assert_eq!(main_pid(&host, APACHE), apache, "the other was not touched");
+}
+
+#[test]
+fn a_bus_that_is_gone_and_a_systemd_that_executes_itself_anew_do_not_stop_healing() {
+    let (_lab, host, mut events) = lab(CONFIG);
+    // The message bus: ftd does not need it.
+    host.ok(["systemctl", "stop", "dbus.socket", "dbus.service"]).unwrap();
+    host.sh(&format!("kill -9 {}", main_pid(&host, NGINX))).unwrap();
+    events.wait_for("healed", NGINX).unwrap();
+    host.ok(["systemctl", "start", "dbus.socket"]).unwrap();
+    // systemd itself.
+    host.ok(["systemctl", "daemon-reexec"]).unwrap();
+    events.wait("bus_back", LIMIT, |event| event["event"] == "bus_back").unwrap();
+    host.sh(&format!("kill -9 {}", main_pid(&host, NGINX))).unwrap();
+    events.wait_for("healed", NGINX).unwrap();
+    assert!(serves(&host, 80));
+}
+
+#[test]
+fn a_fault_does_not_outlive_the_ftd_that_injected_it() {
+    let (_lab, host, mut events) = lab(&CONFIG.replace("health = \"http://127.0.0.1/\"", ""));
+    host.ok(["ftctl", "inject", "hang", "nginx", "--for", "1h"]).unwrap();
+    let id = events.wait_for("fault_injected", NGINX).unwrap()["id"].clone();
+    assert!(!serves(&host, 80));
+    host.ok(["systemctl", "kill", "-s", "KILL", "ftd"]).unwrap();
+    let mut events = follow_again(&host);
+    events.until(&host, LIMIT, |status| status["faults"].as_array().unwrap().is_empty()).unwrap();
+    assert!(serves(&host, 80), "it goes on, never having been restarted");
+    let all = host.ok(["ftctl", "events", "--json", "--last", "100"]).unwrap();
+    let undone = all.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let undone: Vec<_> = undone.filter(|e| e["event"] == "fault_undone" && e["id"] == id).collect();
+    assert_eq!(undone.len(), 1);
+    assert_eq!(undone[0]["why"], "ftd started again");
+}

@@ -1,0 +1,198 @@
+//! The Debian package on a host: installed, upgraded, removed, purged, with services that must not notice.
+//!
+//! As root, after `cargo xtask deb`: `cargo test -p ftd-tests --test package -- --test-threads=1`
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that panics names its line")]
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use harness::{Base, BootOptions, Cache, Host, Lab, base, scaled};
+
+/// nginx hangs for the health check to find; apache2 has none, so it stays as it is made.
+const CONFIG: &str = r#"
+[inject]
+enabled = true
+[[workload]]
+name = "web"
+units = ["nginx"]
+health = "http://127.0.0.1/"
+health_every = "200ms"
+[[workload]]
+name = "other"
+units = ["httpd"]
+"#;
+
+/// Files and units of the host, as far as they do not change by themselves. What is left of a package
+/// after a purge shows as a difference.
+const INVENTORY: &str = "
+    find / -xdev \\( -path /proc -o -path /sys -o -path /dev -o -path /tmp -o -path /var/tmp -o -path /var/log \
+        -o -path /var/lib/dpkg -o -path /var/cache -o -path /run/systemd/units -o -path /run/systemd/journal \\) \
+        -prune -o -printf 'file %y %m %u %p\\n'
+    find /run -mindepth 1 -name '*ftd*' -printf 'file %y %m %u %p\\n'
+    find /sys/fs/cgroup -type d -name '*.service' -printf 'cgroup %p\\n'
+    systemctl list-unit-files --no-legend --no-pager | sed 's/^/unit file /'
+    systemctl list-units --type service --state running,failed --no-legend --no-pager --plain | sed 's/  */ /g; s/^/unit /'
+";
+
+fn deb() -> PathBuf {
+    let named = std::env::var_os("FTD_DEB").filter(|deb| !deb.is_empty()).map(PathBuf::from);
+    named.or_else(base::newest_deb).expect("there is no package; `cargo xtask deb` builds it")
+}
+
+/// The same package with a higher version.
+fn newer(deb: &Path, dir: &Path, version: &str) -> PathBuf {
+    let (tree, built) = (dir.join(version), dir.join(format!("{version}.deb")));
+    let run = |command: &mut Command| {
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{command:?}: {output:?}");
+    };
+    run(Command::new("dpkg-deb").arg("-R").args([deb, &tree]));
+    let control = tree.join("DEBIAN/control");
+    let text = std::fs::read_to_string(&control).unwrap();
+    let lines = text.lines().map(|line| match line.strip_prefix("Version: ") {
+        Some(_) => format!("Version: {version}\n"),
+        None => format!("{line}\n"),
+    });
+    std::fs::write(&control, lines.collect::<String>()).unwrap();
+    run(Command::new("dpkg-deb").args(["--root-owner-group", "-Zgzip", "-z1", "-b"]).args([&tree, &built]));
+    built
+}
+
+fn install(host: &Host, deb: &Path) {
+    host.write("/root/ftd.deb", std::fs::read(deb).unwrap()).unwrap();
+    host.ok(["dpkg", "--install", "/root/ftd.deb"]).unwrap();
+    host.sh("rm /root/ftd.deb").unwrap();
+}
+
+fn inventory(host: &Host) -> BTreeSet<String> {
+    host.sh(INVENTORY).unwrap().lines().map(str::to_owned).collect()
+}
+
+fn main_pid(host: &Host, unit: &str) -> String {
+    host.ok(["systemctl", "show", "-p", "MainPID", "--value", unit]).unwrap().trim().to_owned()
+}
+
+/// nginx and apache2: the main process of each, which also answers.
+fn services(host: &Host) -> [String; 2] {
+    for url in ["http://127.0.0.1/", "http://127.0.0.1:8080/"] {
+        host.ok(["curl", "-sf", "-m", "2", "-o", "/dev/null", url]).unwrap();
+    }
+    [main_pid(host, "nginx"), main_pid(host, "apache2")]
+}
+
+fn state(host: &Host) -> String {
+    let active = host.run(["systemctl", "is-active", "ftd"]).unwrap().stdout;
+    let enabled = host.run(["systemctl", "is-enabled", "ftd"]).unwrap().stdout;
+    format!("{} {}", active.trim(), enabled.trim())
+}
+
+fn eventually(what: &str, check: impl Fn() -> bool) {
+    let end = Instant::now() + scaled(Duration::from_mins(1));
+    while !check() {
+        assert!(Instant::now() < end, "{what} did not come true");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Injects a fault and waits until the outage that follows is over.
+fn heals(host: &Host, fault: &[&str]) {
+    let healed = || {
+        let events = host.sh("ftctl --json events -n 100000").unwrap();
+        events.lines().filter(|line| line.contains(r#""event":"healed""#)).count()
+    };
+    let before = healed();
+    host.ok(["ftctl", "inject"].iter().chain(fault)).unwrap();
+    eventually(&format!("{fault:?} is healed"), || healed() > before);
+    eventually(&format!("{fault:?} is undone"), || {
+        host.sh("ftctl --json inject list").unwrap().trim() == "[]"
+    });
+    services(host);
+}
+
+#[test]
+fn services_do_not_notice_the_package() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = deb();
+    let lab = Lab::on(Base::bare(&Cache::open().unwrap()).unwrap()).unwrap();
+    let host = lab.boot("vm1", BootOptions::default()).unwrap();
+    host.wait_running().unwrap();
+    let pids = services(&host);
+    let before = inventory(&host);
+
+    // Installed: it runs, with nothing under care, and says nothing bad.
+    install(&host, &first);
+    assert_eq!(state(&host), "active enabled");
+    let socket = host.sh("stat -c '%A %U %G' /run/ftd/ftd.sock").unwrap();
+    assert_eq!(socket.trim(), "srw-rw---- root ftd");
+    host.ok(["ftctl", "config", "check"]).unwrap();
+    host.ok(["ftctl", "status"]).unwrap();
+    let doctor = host.sh("ftctl doctor").unwrap();
+    assert!(doctor.contains("eBPF programs are attached"), "{doctor}");
+    assert_eq!(host.sh("journalctl --unit ftd --priority warning --output cat --quiet").unwrap(), "");
+    assert_eq!(services(&host), pids);
+
+    // In its sandbox it heals, and breaks.
+    host.write("/etc/ftd/ftd.toml", CONFIG).unwrap();
+    host.sh("systemctl restart ftd").unwrap();
+    assert_eq!(services(&host), pids);
+    eventually("both are under care", || host.run(["ftctl", "status"]).unwrap().success());
+    heals(&host, &["kill", "nginx"]);
+    // Stopped by a person, who is respected: it is the person who starts it again.
+    host.ok(["ftctl", "inject", "stop", "nginx"]).unwrap();
+    host.sh("systemctl start nginx").unwrap();
+    eventually("nginx is up", || host.sh("ftctl --json status").unwrap().matches(r#""up""#).count() == 2);
+    heals(&host, &["hang", "nginx", "--for", "1min"]);
+    heals(&host, &["oom", "nginx"]);
+    heals(&host, &["oom", "apache2"]);
+
+    // Upgraded while nginx serves: another ftd, the same services, the same hold.
+    let pids = services(&host);
+    host.sh("ftctl hold nginx --reason upgrade").unwrap();
+    let client = "n=0; while [ ! -e /tmp/enough ]; do n=$((n + 1)); \
+        curl -sf -m 2 -o /dev/null http://127.0.0.1/ || echo lost; done; echo $n requests";
+    let client = host.spawn(["sh", "-c", client]).unwrap();
+    let ftd = main_pid(&host, "ftd");
+    install(&host, &newer(&first, dir.path(), "9.0-1"));
+    assert_eq!(state(&host), "active enabled");
+    assert_ne!(main_pid(&host, "ftd"), ftd);
+    assert!(host.sh("dpkg-query -W ftd").unwrap().contains("9.0-1"));
+    assert!(host.sh("ftctl --json status").unwrap().contains("upgrade"), "the hold is kept");
+    assert_eq!(host.read("/etc/ftd/ftd.toml").unwrap(), CONFIG, "the configuration is kept");
+    host.sh("touch /tmp/enough").unwrap();
+    let answers = client.wait_with_output().unwrap();
+    let answers = String::from_utf8_lossy(&answers.stdout).into_owned();
+    assert!(answers.contains(" requests") && !answers.contains("lost"), "{answers}");
+    assert_eq!(services(&host), pids);
+
+    // One that an administrator has switched off stays so.
+    host.sh("systemctl disable --quiet --now ftd").unwrap();
+    install(&host, &newer(&first, dir.path(), "9.1-1"));
+    assert_eq!(state(&host), "inactive disabled");
+    host.sh("systemctl enable --quiet --now ftd").unwrap();
+
+    // Removed in the middle of a fault: what was injected is undone, the state is kept.
+    eventually("both are up again", || host.run(["ftctl", "status"]).unwrap().success());
+    host.sh("ftctl inject hang httpd --for 1h").unwrap();
+    host.ok(["dpkg", "--remove", "ftd"]).unwrap();
+    assert_eq!(services(&host), pids);
+    assert!(host.run(["test", "-e", "/run/ftd"]).unwrap().status.code() == Some(1));
+    host.sh("test -e /var/lib/ftd/heal.json && test -e /etc/ftd/ftd.toml").unwrap();
+
+    // Purged: nothing is left but the group.
+    host.sh("rm /tmp/enough").unwrap();
+    host.ok(["dpkg", "--purge", "ftd"]).unwrap();
+    assert_eq!(services(&host), pids);
+    host.sh("getent group ftd").unwrap();
+    let changed = |line: &&String| {
+        let path = line.rsplit(' ').next().unwrap_or_default();
+        // The group's name is kept, with the copies that its making left; times of a timer; curl's client.
+        !["/etc/group-", "/etc/gshadow-", "/etc/.pwd.lock"].contains(&path)
+    };
+    let after = inventory(&host);
+    let left: Vec<_> = after.difference(&before).filter(changed).collect();
+    let gone: Vec<_> = before.difference(&after).filter(changed).collect();
+    assert!(left.is_empty() && gone.is_empty(), "left behind: {left:#?}\ngone: {gone:#?}");
+}

@@ -1,0 +1,90 @@
+//! The root file system of test hosts: Debian 13, from the mirror that this machine uses.
+
+use std::process::Command;
+
+use anyhow::Result;
+use harness::Cache;
+use harness::step::{Site, Step};
+
+use super::apt;
+
+/// Raise it when what is done to the root file system changes in ways that the key below does not show.
+const VERSION: u32 = 1;
+const SUITE: &str = "trixie";
+/// What is on every host. The dependencies of ftd's package must be here: hosts have no internet.
+const PACKAGES: &[&str] = &[
+    "systemd",
+    "systemd-sysv",
+    "dbus",
+    "nginx",
+    "apache2",
+    "iproute2",
+    "procps",
+    "curl",
+    "python3-minimal",
+    "iputils-arping",
+    "nftables",
+    "kmod",
+    "util-linux",
+];
+/// What a host has no use for, and which would take time at boot or fail in a namespace.
+const MASKED: &[&str] = &[
+    "console-getty.service",
+    "getty.target",
+    "systemd-udevd.service",
+    "systemd-networkd-wait-online.service",
+    "systemd-timesyncd.service",
+    "apt-daily.timer",
+    "apt-daily-upgrade.timer",
+    "e2scrub_all.timer",
+    "fstrim.timer",
+    "dpkg-db-backup.timer",
+];
+/// Debian's apache2 wants port 80 like its nginx: here it gets another.
+const APACHE_PORT: &str = "sed -i 's/^Listen 80$/Listen 8080/' \"$1/etc/apache2/ports.conf\" && \
+    sed -i 's/\\*:80>/*:8080>/' \"$1/etc/apache2/sites-available/000-default.conf\" && \
+    echo 'ServerName localhost' > \"$1/etc/apache2/conf-enabled/name.conf\"";
+
+pub(super) struct RootFs;
+
+impl Step for RootFs {
+    fn name(&self) -> &'static str {
+        "rootfs"
+    }
+
+    fn output(&self) -> Option<&str> {
+        Some("rootfs")
+    }
+
+    fn key(&self, _: &Cache) -> Result<String> {
+        Ok(format!("{VERSION} {SUITE} {} masked {} {APACHE_PORT}", PACKAGES.join(","), MASKED.join(",")))
+    }
+
+    fn make(&self, site: &Site<'_>) -> Result<()> {
+        let root = site.dir.join("root");
+        let mut make = Command::new("mmdebstrap");
+        make.args(["--variant=minbase", "--mode=root", "--components=main"])
+            .arg(format!("--include={}", PACKAGES.join(",")))
+            .args(["--aptopt=Acquire::Languages \"none\"", "--aptopt=APT::Install-Recommends \"false\""]);
+        for (name, value) in apt::network_settings()? {
+            make.arg(format!("--aptopt={name} \"{value}\""));
+        }
+        for path in ["man", "doc", "locale", "info"] {
+            make.arg(format!("--dpkgopt=path-exclude=/usr/share/{path}/*"));
+        }
+        make.arg("--dpkgopt=force-unsafe-io");
+        let mask = format!(
+            "for unit in {}; do ln -sfn /dev/null \"$1/etc/systemd/system/$unit\"; done",
+            MASKED.join(" ")
+        );
+        for hook in
+            [APACHE_PORT, &mask, "rm -f \"$1/etc/machine-id\" \"$1/etc/resolv.conf\" \"$1/etc/hostname\""]
+        {
+            make.arg(format!("--customize-hook={hook}"));
+        }
+        make.arg(SUITE).arg(&root).arg(apt::mirror());
+        // A personal TMPDIR may not be one that packages' scripts may write to.
+        make.env("TMPDIR", "/tmp");
+        site.log.run(&mut make)
+    }
+}
