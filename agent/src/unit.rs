@@ -33,6 +33,8 @@ pub struct UnitView {
     pub job: u32,
     /// When it last became active, microseconds of CLOCK_MONOTONIC: tells one run from the next.
     pub active_enter: u64,
+    /// When it last began to start, likewise; a start that fails changes this and not `active_enter`.
+    pub inactive_exit: u64,
     /// How often systemd restarted it by itself.
     pub n_restarts: u32,
     /// `Restart=`.
@@ -41,7 +43,9 @@ pub struct UnitView {
     pub restart_usec: u64,
     /// `SIGCHLD` code (`CLD_EXITED` 1, `CLD_KILLED` 2, `CLD_DUMPED` 3) of the main process's end.
     pub exec_main_code: i32,
-    /// Exit code or signal that goes with it.
+    /// The process that is, or was, the main process of the last run; 0 when there was none.
+    pub exec_main_pid: u32,
+    /// Exit code or signal that goes with its end.
     pub exec_main_status: i32,
     /// Memory limit of its cgroup, bytes; `u64::MAX` when it has none.
     pub memory_max: u64,

@@ -49,13 +49,10 @@ async fn work(supervisor: Arc<Supervisor>, systemd: Systemd, job: Job, restart: 
         Ok(result) => JobOutcome::Ended(result),
         Err(JobError::Contradicts(_)) => JobOutcome::StopPending,
         Err(JobError::TooLate(_)) => JobOutcome::TooLate,
-        // The machine was told that the bus is gone, and is told the unit's state when it is back.
-        Err(JobError::Unreachable(cause)) => {
-            JobOutcome::Refused(format!("systemd cannot be reached: {cause}"))
-        }
+        Err(JobError::Unreachable(_)) => JobOutcome::Unreachable,
         Err(error) => JobOutcome::Refused(error.to_string()),
     };
-    supervisor.feed(job.slot, boot_now(), Input::JobDone(outcome));
+    supervisor.feed(job.slot, boot_now(), Input::JobDone(job.number, outcome));
 }
 
 /// Lets a frozen unit's processes go on before systemd is asked to stop them. systemd starts control

@@ -22,6 +22,8 @@
 //!   PID 1, crashed, ended with an error. An exit with code 0, or a signal from PID 1, may
 //!   be the work of `systemctl stop`; the machine waits for systemd's own word, milliseconds later.
 //! - While a start or restart is under way (`Working`) no other is asked for, whatever is reported.
+//! - The kernel tells of an OOM kill in three reports (the signal, the victim, the death), and the last two may
+//!   overtake each other: a death by the kernel's own SIGKILL waits a moment for the second.
 //! - A unit with a `Restart=` of its own that covers the death is left to systemd; ftd steps in only
 //!   when systemd has not acted in time, or has given up.
 //!
@@ -78,7 +80,7 @@ pub enum Input {
         sender: Process,
     },
     /// The job that a `Start` or `Restart` asked for is over, or could not be queued.
-    JobDone(JobOutcome),
+    JobDone(JobId, JobOutcome),
     /// The health check's verdict.
     Health(Result<(), String>),
     /// A person takes the unit out of ftd's hands, until then or for good.
@@ -111,6 +113,11 @@ pub struct Exit {
     pub max_rss: u64,
 }
 
+/// Tells one job that the machine asked for from the next. Its end comes by another way than systemd's word on
+/// the unit, and may come after the unit is up, and even dead again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct JobId(u64);
+
 /// How a job ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum JobOutcome {
@@ -120,6 +127,8 @@ pub enum JobOutcome {
     StopPending,
     /// systemd refused it for another reason: its error.
     Refused(String),
+    /// systemd could not be asked, or the connection broke before it said how it went.
+    Unreachable,
     /// Not over within the deadline.
     TooLate,
 }
@@ -128,9 +137,9 @@ pub enum JobOutcome {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Output {
     /// Reset the unit's failure and start counters and start it, in mode `fail`; answer `JobDone`.
-    Start,
+    Start(JobId),
     /// Restart it, killing what does not stop in time; answer `JobDone`.
-    Restart,
+    Restart(JobId),
     /// Publish an event of the current operation.
     Note(Kind),
     /// Publish the event that opens the operation to which the following notes belong.
@@ -226,6 +235,16 @@ struct Sent {
     sender: Process,
 }
 
+/// How a process of the unit ended, by the kernel's word.
+#[derive(Debug, Clone)]
+struct Death {
+    pid: u32,
+    cause: Cause,
+    detail: String,
+    /// See [`Outage::clean`].
+    clean: bool,
+}
+
 /// Signals by which orderly stops are done; a death by any other is a crash or a kill.
 const ORDERLY: [i32; 4] = [libc::SIGHUP, libc::SIGINT, libc::SIGPIPE, libc::SIGTERM];
 /// Signals that a process brings upon itself.
@@ -243,6 +262,12 @@ const CRASH: [i32; 8] = [
 const SIGNALS: usize = 64;
 /// OOM victims remembered until they are gone.
 const VICTIMS: usize = 16;
+/// Deaths remembered, to say more of the one that systemd reports than systemd does.
+const DEATHS: usize = 16;
+/// How long a death by the kernel's SIGKILL waits for the report that the OOM killer chose the process. The
+/// killer sends the signal first and names its victim right after (`__oom_kill_process` in mm/oom_kill.c), by
+/// when another CPU may have ended the victim; the few instructions between take longer only when it is preempted.
+const OOM_WORD: Duration = Duration::from_millis(2);
 
 /// The state machine of one unit.
 #[derive(Debug)]
@@ -254,16 +279,24 @@ pub struct Machine {
     held: Option<Held>,
     hold_ends: Option<BootNs>,
     outage: Option<Outage>,
-    /// A job that is not ours takes, or took, the unit down.
-    stopping: bool,
-    /// A job that is ours is under way.
-    job_open: bool,
+    /// A job that is not ours takes, or took, the unit down: the run that it ends, as
+    /// [`UnitView::inactive_exit`]. A start that was queued behind a death looks the same until it has begun.
+    stopping: Option<u64>,
+    /// The job of ours that is under way. There is one only during an outage.
+    job: Option<JobId>,
+    /// The last one asked for.
+    last_job: JobId,
+    /// systemd can be asked, as far as is known.
+    reachable: bool,
     /// When `Waiting`, `Yielded` or `Ending` end by themselves.
     deadline: Option<BootNs>,
     attempts: VecDeque<BootNs>,
     in_a_row: u32,
     signals: VecDeque<Sent>,
     victims: VecDeque<u32>,
+    /// Deaths that may prove to be OOM kills, until [`OOM_WORD`] is over.
+    parked: VecDeque<(BootNs, Exit)>,
+    deaths: VecDeque<Death>,
     health_failures: u32,
     proven: bool,
     /// Deliberately down, until it is up again.
@@ -300,13 +333,17 @@ impl Machine {
             held: saved.held,
             hold_ends,
             outage: None,
-            stopping: false,
-            job_open: false,
+            stopping: None,
+            job: None,
+            last_job: JobId::default(),
+            reachable: true,
             deadline: None,
             attempts,
             in_a_row: 0,
             signals: VecDeque::new(),
             victims: VecDeque::new(),
+            parked: VecDeque::new(),
+            deaths: VecDeque::new(),
             health_failures: 0,
             proven,
             left: saved.left,
@@ -326,7 +363,8 @@ impl Machine {
 
     /// When to feed the next `Tick`, at the latest.
     pub fn wake(&self) -> Option<BootNs> {
-        self.hold_ends.into_iter().chain(self.deadline).min()
+        let parked = self.parked.front().map(|(at, _)| at.after(OOM_WORD));
+        self.hold_ends.into_iter().chain(self.deadline).chain(parked).min()
     }
     /// Where it stands.
     pub fn phase(&self) -> Phase {
@@ -361,18 +399,24 @@ impl Machine {
     pub fn step(&mut self, at: BootNs, now: BootNs, input: Input) -> Vec<Output> {
         let mut out = Vec::new();
         match input {
-            Input::View(view) => self.on_view(view, now, &mut out),
+            Input::View(view) => {
+                self.unpark(|_, _| true, now, &mut out);
+                self.on_view(view, now, &mut out);
+            }
+            Input::Exit(exit) if self.may_be_oom(&exit, at) => self.parked.push_back((at, exit)),
             Input::Exit(exit) => self.on_exit(exit, at, now, &mut out),
             Input::Oom { process, rss } => {
-                remember(&mut self.victims, process.pid, VICTIMS);
+                let pid = process.pid;
+                remember(&mut self.victims, pid, VICTIMS);
                 let limit = Some(self.view.memory_max).filter(|max| (1..u64::MAX).contains(max));
                 let cgroup = self.view.control_group.clone();
                 out.push(Output::Note(Kind::OomKill { process, cgroup, limit, rss }));
+                self.unpark(|_, exit| exit.process.pid == pid, now, &mut out);
             }
             Input::Signal { target, signal, sender } => {
                 remember(&mut self.signals, Sent { at, target, signal, sender }, SIGNALS);
             }
-            Input::JobDone(outcome) => self.on_job(outcome, now, &mut out),
+            Input::JobDone(job, outcome) => self.on_job(job, outcome, now, &mut out),
             Input::Health(verdict) => self.on_health(verdict, now, &mut out),
             Input::Hold { until, reason } => {
                 self.hold_ends = until.map(|(boot, _)| boot);
@@ -388,16 +432,32 @@ impl Machine {
             Input::Tick => self.on_tick(now, &mut out),
             Input::BusLost => {
                 // What became of a running job is told by the next view.
-                self.job_open = false;
-                if !matches!(self.phase, Phase::Failed | Phase::Left) {
-                    self.enter(Phase::Unknown, now, None);
-                }
+                self.job = None;
+                self.out_of_reach(now);
             }
         }
         out
     }
 
     // ---- inputs
+
+    /// The kernel itself killed it, and has not said yet that this was the OOM killer.
+    fn may_be_oom(&self, exit: &Exit, at: BootNs) -> bool {
+        matches!(exit.status, Some(ExitStatus::Signal { signal: libc::SIGKILL, .. }))
+            && !self.victims.contains(&exit.process.pid)
+            && self.sender(exit, at).is_some_and(|sender| is_kernel(&sender))
+    }
+
+    /// Takes those of the parked deaths that are `due`.
+    fn unpark(&mut self, due: impl Fn(BootNs, &Exit) -> bool, now: BootNs, out: &mut Vec<Output>) {
+        for (at, exit) in std::mem::take(&mut self.parked) {
+            if due(at, &exit) {
+                self.on_exit(exit, at, now, out);
+            } else {
+                self.parked.push_back((at, exit));
+            }
+        }
+    }
 
     fn on_exit(&mut self, exit: Exit, at: BootNs, now: BootNs, out: &mut Vec<Output>) {
         let pid = exit.process.pid;
@@ -413,6 +473,7 @@ impl Machine {
             Some(ExitStatus::Code(code)) => code == 0,
             Some(ExitStatus::Signal { signal, .. }) => ORDERLY.contains(&signal) && !oom,
         };
+        remember(&mut self.deaths, Death { pid, cause, detail: detail.clone(), clean }, DEATHS);
         let status = exit.status;
         let by_systemd = sender.as_ref().is_some_and(|s| s.pid == 1);
         let died = Kind::ProcessDied {
@@ -428,7 +489,7 @@ impl Machine {
         // The unit's other processes come and go; only a violent end is worth telling.
         let telling = main || oom || !(clean || by_systemd || status.is_none());
         let under_way = self.outage.as_ref().is_some_and(|outage| outage.announced);
-        let expected = self.view.job != 0 || self.stopping || self.job_open || under_way;
+        let expected = self.view.job != 0 || self.stopping.is_some() || self.job.is_some() || under_way;
         if !main || expected || !matches!(self.phase, Phase::Up | Phase::Unknown) {
             if telling {
                 out.push(Output::Note(died));
@@ -472,6 +533,7 @@ impl Machine {
 
     fn on_view(&mut self, view: UnitView, now: BootNs, out: &mut Vec<Output>) {
         let before = std::mem::replace(&mut self.view, view);
+        self.reachable = true;
         if !self.view.is_loaded() {
             if before.load_state != self.view.load_state {
                 out.push(Output::Note(load_problem(&self.view)));
@@ -488,14 +550,14 @@ impl Machine {
             _ if self.view.is_active() => self.on_active(now, out),
             _ if self.view.is_down() => self.on_down(now, out),
             "deactivating" => {
-                if self.view.job != 0 && !self.job_open {
-                    self.stopping = true;
+                if self.view.job != 0 && self.job.is_none() {
+                    self.stopping = Some(self.view.inactive_exit);
                 }
                 if matches!(self.phase, Phase::Up | Phase::Unknown) {
                     self.enter(Phase::Ending, now, None);
                 }
             }
-            "activating" if self.job_open || self.phase == Phase::Failed => {}
+            "activating" if self.job.is_some() || self.phase == Phase::Failed => {}
             "activating" => self.on_activating(now, out),
             // maintenance and what later systemds add: no word of life or death.
             _ => {}
@@ -504,9 +566,14 @@ impl Machine {
 
     fn on_active(&mut self, now: BootNs, out: &mut Vec<Output>) {
         if self.view.job == 0 {
-            self.stopping = false;
+            self.stopping = None;
         }
         if let Some(outage) = &self.outage {
+            if self.view.active_enter != outage.run {
+                // It is up in a new run: whatever our job still has to say is of no interest any more, and
+                // the new run may die before it is said.
+                self.job = None;
+            }
             if self.view.active_enter == outage.run && !outage.by_health {
                 // systemd has yet to notice the death.
                 if self.phase == Phase::Unknown {
@@ -550,7 +617,7 @@ impl Machine {
         if self.view.sub_state.starts_with("auto-restart") {
             let patience = Duration::from_micros(self.view.restart_usec) + heal.systemd_grace;
             if self.outage.is_none() {
-                let (cause, detail, clean) = cause_of(&self.view);
+                let (cause, detail, clean) = self.cause();
                 self.begin(cause, detail, now, clean);
             }
             let told = self.phase == Phase::Yielded;
@@ -569,7 +636,8 @@ impl Machine {
     fn on_down(&mut self, now: BootNs, out: &mut Vec<Output>) {
         // systemd 254 and newer passes through `failed-before-auto-restart` and its like.
         let passing = self.view.sub_state.ends_with("before-auto-restart");
-        if passing || self.job_open || matches!(self.phase, Phase::Failed | Phase::Left | Phase::Waiting) {
+        if passing || self.job.is_some() || matches!(self.phase, Phase::Failed | Phase::Left | Phase::Waiting)
+        {
             return;
         }
         if self.view.job != 0 {
@@ -586,11 +654,10 @@ impl Machine {
         if self.phase == Phase::Up && now.since(self.phase_since) >= self.policy.heal.settle {
             self.in_a_row = 0;
         }
-        let (cause, detail, clean) = cause_of(&self.view);
-        if self.stopping || first_look && cause == Cause::Exited {
-            let why =
-                if self.stopping { "somebody stopped it" } else { "it was not running when ftd looked" };
-            self.stopping = false;
+        let (cause, detail, clean) = self.cause();
+        let stopped = self.stopping.take() == Some(self.view.inactive_exit);
+        if stopped || first_look && cause == Cause::Exited {
+            let why = if stopped { "somebody stopped it" } else { "it was not running when ftd looked" };
             if self.policy.on_stop == OnStop::Respect {
                 self.leave(&format!("{why}, and on_stop = \"respect\""), now, out);
                 return;
@@ -614,10 +681,11 @@ impl Machine {
         self.decide(now, out);
     }
 
-    fn on_job(&mut self, outcome: JobOutcome, now: BootNs, out: &mut Vec<Output>) {
-        if !std::mem::take(&mut self.job_open) {
+    fn on_job(&mut self, job: JobId, outcome: JobOutcome, now: BootNs, out: &mut Vec<Output>) {
+        if self.job != Some(job) {
             return;
         }
+        self.job = None;
         let Some(outage) = &self.outage else { return };
         let error = match outcome {
             JobOutcome::Ended(result) if result == "done" => {
@@ -642,16 +710,16 @@ impl Machine {
             }
             JobOutcome::StopPending => {
                 self.take_back_attempt();
-                self.stopping = true;
-                self.enter(Phase::Ending, now, None);
+                self.give_way(now, out);
+                return;
+            }
+            JobOutcome::Unreachable => {
+                self.take_back_attempt();
+                self.out_of_reach(now);
                 return;
             }
             JobOutcome::Ended(result) if result == "canceled" => {
-                self.stopping = true;
-                self.enter(Phase::Ending, now, None);
-                if self.view.is_down() {
-                    self.on_down(now, out);
-                }
+                self.give_way(now, out);
                 return;
             }
             JobOutcome::Ended(result) => format!("systemd's job ended with {result} ({})", self.view.result),
@@ -672,6 +740,23 @@ impl Machine {
             outage.asked_again = true;
         }
         self.enter(Phase::Ending, now, Some(self.policy.heal.systemd_grace));
+        if self.view.is_down() {
+            self.on_down(now, out);
+        }
+    }
+
+    /// systemd cannot be asked. Its first word when it can again decides how to go on.
+    fn out_of_reach(&mut self, now: BootNs) {
+        self.reachable = false;
+        if !matches!(self.phase, Phase::Failed | Phase::Left) {
+            self.enter(Phase::Unknown, now, None);
+        }
+    }
+
+    /// Somebody stops it. That may be over by now, and systemd's word on it have come first.
+    fn give_way(&mut self, now: BootNs, out: &mut Vec<Output>) {
+        self.stopping = Some(self.view.inactive_exit);
+        self.enter(Phase::Ending, now, None);
         if self.view.is_down() {
             self.on_down(now, out);
         }
@@ -731,6 +816,7 @@ impl Machine {
     }
 
     fn on_tick(&mut self, now: BootNs, out: &mut Vec<Output>) {
+        self.unpark(|at, _| at.after(OOM_WORD) <= now, now, out);
         if self.hold_ends.is_some_and(|end| now >= end) {
             self.release("time", now, out);
         }
@@ -773,6 +859,10 @@ impl Machine {
                 out.push(decided(Decision::Held, "it is held".into(), 0, Duration::ZERO));
             }
             self.enter(Phase::Ending, now, None);
+            return;
+        }
+        if !self.reachable {
+            self.enter(Phase::Unknown, now, None);
             return;
         }
         if !outage.impatient && !outage.by_health && restarts_itself(&self.view.restart, outage) {
@@ -822,14 +912,16 @@ impl Machine {
 
     fn attempt(&mut self, now: BootNs, out: &mut Vec<Output>) {
         let Some(outage) = &mut self.outage else { return };
-        if self.job_open {
+        if self.job.is_some() {
             return;
         }
         outage.acted = true;
         let restart = (outage.by_health || outage.unnoticed) && self.view.is_active();
-        out.push(if restart { Output::Restart } else { Output::Start });
+        self.last_job.0 += 1;
+        let job = self.last_job;
+        out.push(if restart { Output::Restart(job) } else { Output::Start(job) });
         self.attempts.push_back(now);
-        self.job_open = true;
+        self.job = Some(job);
         self.enter(Phase::Working, now, None);
         out.push(Output::Save);
     }
@@ -852,11 +944,11 @@ impl Machine {
             out.push(Output::Note(Kind::Released { by: by.into() }));
             out.push(Output::Save);
         }
-        if !self.view.is_loaded() || !self.view.is_down() || self.job_open || self.view.job != 0 {
+        if !self.view.is_loaded() || !self.view.is_down() || self.job.is_some() || self.view.job != 0 {
             return;
         }
         if failed && self.outage.is_none() {
-            let (cause, detail, clean) = cause_of(&self.view);
+            let (cause, detail, clean) = self.cause();
             self.begin(cause, detail, now, clean);
         }
         if self.outage.is_some() {
@@ -869,6 +961,22 @@ impl Machine {
     }
 
     // ---- small steps
+
+    /// What the end that systemd reports means: cause, text, and whether it counts as success. Where the kernel
+    /// has told of the same death, it knows more.
+    fn cause(&self) -> (Cause, String, bool) {
+        let word = cause_of(&self.view);
+        let main = self.view.exec_main_pid;
+        let told = self.deaths.iter().rev().find(|death| main != 0 && death.pid == main);
+        match told {
+            Some(death)
+                if matches!(word.0, Cause::Killed | Cause::Crashed | Cause::ExitCode | Cause::Exited) =>
+            {
+                (death.cause, death.detail.clone(), death.clean)
+            }
+            _ => word,
+        }
+    }
 
     fn begin(&mut self, cause: Cause, detail: String, began: BootNs, clean: bool) {
         self.outage = Some(Outage {
@@ -929,7 +1037,7 @@ impl Machine {
 
     fn leave(&mut self, why: &str, now: BootNs, out: &mut Vec<Output>) {
         let announced = self.outage.take().is_some_and(|o| o.announced);
-        self.stopping = false;
+        self.stopping = None;
         self.left = true;
         self.enter(Phase::Left, now, None);
         out.push(Output::Note(Kind::Left { why: why.into() }));
@@ -971,6 +1079,11 @@ fn restarts_itself(restart: &str, outage: &Outage) -> bool {
     }
 }
 
+/// Whether a signal came from the kernel itself; so the probe names it.
+fn is_kernel(sender: &Process) -> bool {
+    sender.pid == 0 && sender.comm == "kernel"
+}
+
 fn remember<T>(ring: &mut VecDeque<T>, item: T, size: usize) {
     if ring.len() == size {
         ring.pop_front();
@@ -983,7 +1096,7 @@ fn describe(exit: &Exit, sender: Option<&Process>, oom: bool) -> (Cause, String)
     let Process { pid, comm, .. } = &exit.process;
     let who = format!("main process {comm} (pid {pid})");
     let by = match sender {
-        Some(s) if s.pid == 0 && s.comm == "kernel" => " from the kernel".to_owned(),
+        Some(s) if is_kernel(s) => " from the kernel".to_owned(),
         Some(s) if s.pid == *pid => " of its own".to_owned(),
         Some(s) if s.pid == 0 => format!(" from {} (outside this PID namespace)", s.comm),
         Some(s) => format!(" from {} (pid {}, uid {})", s.comm, s.pid, s.uid),
@@ -1046,3 +1159,5 @@ fn load_problem(view: &UnitView) -> Kind {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod world;

@@ -12,7 +12,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 
-use super::machine::{Exit, Held, Input, Machine, Output, Phase, Policy, Saved};
+use super::machine::{Exit, Held, Input, JobId, Machine, Output, Phase, Policy, Saved};
 use crate::{
     config::UnitConfig,
     event::{Cause, Kind, OpId, bus::Bus},
@@ -34,6 +34,8 @@ pub enum Action {
 /// A start or restart.
 #[derive(Debug)]
 pub struct Job {
+    /// The machine's number for it.
+    pub number: JobId,
     /// The unit.
     pub slot: Slot,
     /// systemd's name for it.
@@ -218,7 +220,8 @@ impl Supervisor {
 
     fn put_out(&self, unit: &mut Unit, slot: Slot, stepped: BootNs, output: Output) {
         let id = Some(unit.id.as_str());
-        let job = |unit: &Unit| Job {
+        let job = |unit: &Unit, number: JobId| Job {
+            number,
             slot,
             id: unit.id.clone(),
             op: unit.op,
@@ -228,8 +231,8 @@ impl Supervisor {
         // The driver lives as long as the daemon; without it nothing can be done anyway.
         let act = |action| drop(self.actions.send(action));
         match output {
-            Output::Start => act(Action::Start(job(unit))),
-            Output::Restart => act(Action::Restart(job(unit))),
+            Output::Start(number) => act(Action::Start(job(unit, number))),
+            Output::Restart(number) => act(Action::Restart(job(unit, number))),
             Output::Save => act(Action::Save),
             Output::Open(kind) => {
                 unit.outages += 1;

@@ -369,8 +369,9 @@ fn refusal(error: zbus::Error) -> JobError {
                 _ => JobError::Refused(text),
             }
         }
+        // The connection is broken, and the conversation is about to find that out too.
         zbus::Error::InputOutput(error) => JobError::Unreachable(error.to_string()),
-        other => JobError::Unreachable(other.to_string()),
+        other => JobError::Refused(other.to_string()),
     }
 }
 
@@ -476,10 +477,12 @@ impl Page {
                     }
                 }
                 "ActiveEnterTimestampMonotonic" => set(&mut view.active_enter, value),
+                "InactiveExitTimestampMonotonic" => set(&mut view.inactive_exit, value),
                 "NRestarts" => set(&mut view.n_restarts, value),
                 "Restart" => set(&mut view.restart, value),
                 "RestartUSec" => set(&mut view.restart_usec, value),
                 "ExecMainCode" => set(&mut view.exec_main_code, value),
+                "ExecMainPID" => set(&mut view.exec_main_pid, value),
                 "ExecMainStatus" => set(&mut view.exec_main_status, value),
                 "MemoryMax" => set(&mut view.memory_max, value),
                 "MemorySwapMax" => set(&mut view.memory_swap_max, value),

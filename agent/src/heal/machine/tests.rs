@@ -29,6 +29,7 @@ fn up(main_pid: u32, active_enter: u64) -> UnitView {
         main_pid,
         control_group: "/system.slice/web.service".into(),
         active_enter,
+        inactive_exit: active_enter,
         restart: "no".into(),
         restart_usec: 100_000,
         memory_max: u64::MAX,
@@ -88,7 +89,7 @@ impl Rig {
     }
 
     fn done(&mut self, result: &str) -> Vec<Output> {
-        self.step(Input::JobDone(JobOutcome::Ended(result.into())))
+        self.step(Input::JobDone(self.machine.last_job, JobOutcome::Ended(result.into())))
     }
 
     fn tick_at_wake(&mut self) -> Vec<Output> {
@@ -99,9 +100,9 @@ impl Rig {
     /// Dies, is started by ftd, is up again.
     fn heal_once(&mut self) {
         let outputs = self.killed();
-        if !outputs.contains(&Output::Start) {
+        if starts(&outputs) == 0 {
             assert_eq!(self.machine.phase(), Phase::Waiting, "{outputs:?}");
-            assert!(self.tick_at_wake().contains(&Output::Start));
+            assert_eq!(starts(&self.tick_at_wake()), 1);
         }
         self.state("failed", "failed", "signal");
         self.started();
@@ -134,7 +135,11 @@ fn healer(outputs: &[Output]) -> Option<Healer> {
 }
 
 fn starts(outputs: &[Output]) -> usize {
-    outputs.iter().filter(|output| matches!(output, Output::Start | Output::Restart)).count()
+    outputs.iter().filter(|output| matches!(output, Output::Start(_) | Output::Restart(_))).count()
+}
+
+fn restarts(outputs: &[Output]) -> bool {
+    outputs.iter().any(|output| matches!(output, Output::Restart(_)))
 }
 
 #[test]
@@ -179,6 +184,25 @@ fn such_an_answer_may_also_come_after_systemds_word() {
 }
 
 #[test]
+fn a_death_before_the_end_of_the_job_that_healed_the_last_one_is_healed_too() {
+    for exit_seen in [true, false] {
+        let mut rig = Rig::new();
+        rig.killed();
+        rig.state("failed", "failed", "signal");
+        let job = rig.machine.last_job;
+        assert_eq!(healer(&rig.started()), Some(Healer::Ftd));
+        // Of the job nothing is known yet, and the service is dead again.
+        if exit_seen {
+            assert_eq!(cause(&rig.killed()), Some(Cause::Killed));
+        }
+        rig.state("failed", "failed", "signal");
+        assert_eq!(rig.step(Input::JobDone(job, JobOutcome::Ended("done".into()))), []);
+        assert_eq!(starts(&rig.tick_at_wake()), 1);
+        assert_eq!(healer(&rig.started()), Some(Healer::Ftd));
+    }
+}
+
+#[test]
 fn a_start_that_never_starts_anything_is_not_asked_for_ever() {
     let mut rig = Rig::new();
     rig.killed();
@@ -200,7 +224,7 @@ fn a_death_that_systemd_never_notices_ends_in_a_restart() {
     rig.killed();
     rig.done("done");
     let outputs = rig.tick_at_wake();
-    assert!(outputs.contains(&Output::Restart), "{outputs:?}");
+    assert!(restarts(&outputs), "{outputs:?}");
 }
 
 #[test]
@@ -281,7 +305,7 @@ fn a_stop_whose_exit_is_seen_first_is_still_a_stop() {
 fn a_start_that_meets_a_stop_gives_way() {
     let mut rig = Rig::new();
     rig.exit(100, ExitStatus::Code(143));
-    assert_eq!(rig.step(Input::JobDone(JobOutcome::StopPending)), []);
+    assert_eq!(rig.step(Input::JobDone(rig.machine.last_job, JobOutcome::StopPending)), []);
     let outputs = rig.state("inactive", "dead", "success");
     assert_eq!((starts(&outputs), rig.machine.phase()), (0, Phase::Left));
     assert!(outputs.contains(&Output::Close), "its operation is over: {outputs:?}");
@@ -328,6 +352,68 @@ fn an_oom_kill_is_called_one() {
     );
     let outputs = rig.killed();
     assert_eq!((cause(&outputs), starts(&outputs)), (Some(Cause::OomKilled), 1));
+}
+
+/// The kernel kills the main process: the signal, then the end, without a word on why yet.
+fn killed_by_the_kernel(rig: &mut Rig) -> Vec<Output> {
+    let sender = Process { pid: 0, comm: "kernel".into(), uid: 0 };
+    rig.step(Input::Signal { target: 100, signal: libc::SIGKILL, sender });
+    rig.killed()
+}
+
+#[test]
+fn a_victim_that_is_named_after_its_end_is_the_ooms_too() {
+    let mut rig = Rig::new();
+    assert_eq!(killed_by_the_kernel(&mut rig), []);
+    let outputs = rig.step(Input::Oom { process: Process { pid: 100, ..Process::default() }, rss: 1 });
+    assert_eq!((cause(&outputs), starts(&outputs)), (Some(Cause::OomKilled), 1), "{outputs:?}");
+    assert!(outputs.iter().any(|o| matches!(o, Output::Note(Kind::ProcessDied { oom: true, .. }))));
+}
+
+#[test]
+fn the_kernel_may_kill_for_other_reasons_and_that_is_healed_no_later_than_systemd_says_so() {
+    let mut rig = Rig::new();
+    killed_by_the_kernel(&mut rig);
+    assert_eq!(rig.machine.wake(), Some(BootNs(rig.now + 2 * MS)));
+    let outputs = rig.tick_at_wake();
+    assert_eq!((cause(&outputs), starts(&outputs)), (Some(Cause::Killed), 1), "{outputs:?}");
+
+    let mut rig = Rig::new();
+    killed_by_the_kernel(&mut rig);
+    let outputs = rig.state("failed", "failed", "signal");
+    assert_eq!((cause(&outputs), starts(&outputs)), (Some(Cause::Killed), 1), "{outputs:?}");
+}
+
+#[test]
+fn what_systemd_reports_is_told_in_the_kernels_words_where_there_are_any() {
+    let mut rig = Rig::new();
+    // A reload is under way, so that the end may be its work: systemd's word is awaited.
+    rig.say(|view| (view.active_state, view.job) = ("reloading".into(), 9));
+    let sender = Process { pid: 7, comm: "bash".into(), uid: 0 };
+    rig.step(Input::Signal { target: 100, signal: libc::SIGSEGV, sender });
+    assert_eq!(cause(&rig.exit(100, ExitStatus::Signal { signal: libc::SIGSEGV, core: false })), None);
+    let outputs = rig.say(|view| {
+        (view.active_state, view.result) = ("failed".into(), "signal".into());
+        (view.exec_main_pid, view.exec_main_status) = (100, libc::SIGSEGV);
+        (view.main_pid, view.job) = (0, 0);
+    });
+    let detail = "main process web (pid 100) was killed by SIGSEGV from bash (pid 7, uid 0)";
+    assert!(
+        matches!(&outputs[0], Output::Open(Kind::Down { cause: Cause::Killed, detail: d }) if d == detail),
+        "{outputs:?}"
+    );
+}
+
+#[test]
+fn no_attempt_is_spent_on_a_systemd_that_cannot_be_asked() {
+    let mut rig = Rig::new();
+    let outputs = rig.killed();
+    assert_eq!(starts(&outputs), 1);
+    let job = rig.machine.last_job;
+    assert_eq!(rig.step(Input::JobDone(job, JobOutcome::Unreachable)), []);
+    rig.step(Input::BusLost);
+    assert_eq!((rig.machine.attempts(), rig.machine.wake()), (0, None));
+    assert_eq!(starts(&rig.state("failed", "failed", "signal")), 1, "its first word when it is back");
 }
 
 #[test]
@@ -451,7 +537,7 @@ fn a_hung_service_is_restarted_and_healed_when_it_answers() {
     }
     let outputs = rig.step(Input::Health(Err("no answer".into())));
     assert_eq!((cause(&outputs), decision(&outputs)), (Some(Cause::Hung), Some(Decision::Restart)));
-    assert!(outputs.contains(&Output::Restart));
+    assert!(restarts(&outputs), "{outputs:?}");
     rig.state("deactivating", "stop-sigkill", "timeout");
     rig.exit(100, KILLED);
     assert_eq!(healer(&rig.started()), None, "running is not answering");
@@ -545,7 +631,7 @@ enum Move {
     Exit { main: bool, status: u8 },
     Oom,
     Signal(u8),
-    Job(u8),
+    Job { outcome: u8, stale: bool },
     Health(bool),
     Hold(Option<u16>),
     Release,
@@ -560,7 +646,7 @@ fn moves() -> impl Strategy<Value = (Move, u32)> {
         3 => (any::<bool>(), 0..5_u8).prop_map(|(main, status)| Move::Exit { main, status }),
         1 => Just(Move::Oom),
         1 => (0..3_u8).prop_map(Move::Signal),
-        4 => (0..6_u8).prop_map(Move::Job),
+        4 => (0..6_u8, proptest::bool::weighted(0.2)).prop_map(|(outcome, stale)| Move::Job { outcome, stale }),
         2 => any::<bool>().prop_map(Move::Health),
         1 => proptest::option::of(0..20_000_u16).prop_map(Move::Hold),
         1 => Just(Move::Release),
@@ -609,13 +695,17 @@ impl Rig {
                 signal: libc::SIGKILL,
                 sender: Process { pid: sender.into(), comm: "sh".into(), uid: 0 },
             },
-            Move::Job(outcome) => Input::JobDone(match outcome {
-                0 | 1 => JobOutcome::Ended("done".into()),
-                2 => JobOutcome::Ended("failed".into()),
-                3 => JobOutcome::Ended("canceled".into()),
-                4 => JobOutcome::StopPending,
-                _ => JobOutcome::TooLate,
-            }),
+            Move::Job { outcome, stale } => {
+                let job = JobId(self.machine.last_job.0.saturating_sub(stale.into()));
+                let outcome = match outcome {
+                    0 | 1 => JobOutcome::Ended("done".into()),
+                    2 => JobOutcome::Ended("failed".into()),
+                    3 => JobOutcome::Ended("canceled".into()),
+                    4 => JobOutcome::StopPending,
+                    _ => JobOutcome::TooLate,
+                };
+                Input::JobDone(job, outcome)
+            }
             Move::Health(well) => Input::Health(if well { Ok(()) } else { Err("no".into()) }),
             Move::Hold(ms) => {
                 let until = ms.map(|ms| (BootNs(self.now + u64::from(ms) * MS), jiff::Timestamp::UNIX_EPOCH));
@@ -649,7 +739,7 @@ proptest! {
             let input = rig.input(what);
             let mut freed = false;
             match &input {
-                Input::JobDone(outcome) if running => {
+                Input::JobDone(job, outcome) if running && *job == rig.machine.last_job => {
                     running = false;
                     // A start that did nothing is taken back and does not count.
                     if matches!(outcome, JobOutcome::StopPending) { started.pop(); }
@@ -667,7 +757,7 @@ proptest! {
             if released && failed_before { started.clear(); }
             for output in &outputs {
                 match output {
-                    Output::Start | Output::Restart => {
+                    Output::Start(_) | Output::Restart(_) => {
                         prop_assert!(!running, "two starts at once after {what:?}");
                         prop_assert!(!held, "a start while held after {what:?}");
                         prop_assert!(!failed_before || released, "a start of a failed unit after {what:?}");
@@ -694,6 +784,8 @@ proptest! {
                     _ => {}
                 }
             }
+            // Up in a new run: the job that was asked for is over, whether it has said so or not.
+            running &= rig.machine.phase() != Phase::Up;
             if matches!(input, Input::Tick) {
                 prop_assert!(rig.machine.wake().is_none_or(|at| at.0 > rig.now), "waits for the past after {what:?}");
             }
