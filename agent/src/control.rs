@@ -11,7 +11,10 @@ use serde::{Deserialize, Serialize};
 use crate::{
     config::Config,
     event::bus::Bus,
-    heal::supervisor::{Supervisor, UnitStatus},
+    heal::{
+        saved::Saving,
+        supervisor::{Supervisor, UnitStatus},
+    },
     inject::{Faults, Record},
     probe::Source,
     unit::manager::Systemd,
@@ -29,6 +32,8 @@ pub struct App {
     pub bus: Arc<Bus>,
     /// Units under care.
     pub supervisor: Arc<Supervisor>,
+    /// How far their state is on disk.
+    pub saving: Saving,
     /// systemd.
     pub systemd: Systemd,
     /// Faults.

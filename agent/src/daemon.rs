@@ -24,7 +24,11 @@ use crate::{
         bus::Bus,
         journal::{Journal, Writer},
     },
-    heal::{driver, health, saved::Store, supervisor::Supervisor},
+    heal::{
+        driver, health,
+        saved::{self, Store},
+        supervisor::Supervisor,
+    },
     inject::Faults,
     probe::{ProbeOptions, Slot, Source},
     unit::manager::{Report, Systemd},
@@ -105,7 +109,8 @@ async fn serve(config: Config) -> Result<()> {
     let (supervisor, wanted) =
         Supervisor::new(Arc::clone(&bus), units, saved, config.probe.elsewhere_per_minute);
     let systemd = Systemd::default();
-    tokio::spawn(driver::run(Arc::clone(&supervisor), systemd.clone(), store, wanted));
+    let saving = saved::keep(Arc::clone(&supervisor), store, Arc::clone(&bus));
+    tokio::spawn(driver::run(Arc::clone(&supervisor), systemd.clone(), wanted));
     tokio::spawn(driver::keep_time(Arc::clone(&supervisor)));
 
     // The kernel's word.
@@ -145,6 +150,7 @@ async fn serve(config: Config) -> Result<()> {
         config,
         bus: Arc::clone(&bus),
         supervisor,
+        saving,
         systemd,
         faults: Arc::clone(&faults),
         source,
@@ -170,6 +176,10 @@ async fn serve(config: Config) -> Result<()> {
     notify(&[sd_notify::NotifyState::Stopping]);
     if tokio::time::timeout(PATIENCE, app.faults.end_all()).await.is_err() {
         tracing::error!("faults are not undone yet: the next start of ftd tries again");
+    }
+    let change = *app.supervisor.changes().borrow();
+    if tokio::time::timeout(PATIENCE, app.saving.settled(change)).await.is_err() {
+        tracing::error!("the last holds and attempts may not be saved");
     }
     bus.emit(None, None, Kind::AgentStopped {});
     drop(app);

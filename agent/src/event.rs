@@ -113,6 +113,13 @@ pub enum Kind {
         /// Bytes that held no whole event and were cut off or skipped.
         bytes: u64,
     },
+    /// Holds, attempts and units given up cannot be saved: they are lost if ftd ends now. It keeps trying.
+    StateUnsaved {
+        /// Why, with the file.
+        cause: String,
+    },
+    /// They are saved again.
+    StateSaved {},
     /// A unit under care cannot be cared for as it is.
     UnitProblem {
         /// What is wrong: systemd's load state, or its error.

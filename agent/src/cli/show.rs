@@ -249,6 +249,11 @@ fn describe(kind: &Kind) -> (String, Option<Colour>) {
         Kind::JournalRepaired { file, bytes } => {
             (format!("{file}: damaged, {bytes} bytes cut"), Some(Yellow))
         }
+        Kind::StateUnsaved { cause } => {
+            let mend = "make room, or mend the disk; until then a restart of ftd forgets holds";
+            (format!("holds and attempts cannot be saved: {cause}\n      mend: {mend}"), Some(Red))
+        }
+        Kind::StateSaved {} => ("holds and attempts are saved again".into(), Some(Green)),
         Kind::UnitProblem { problem, mend } => (format!("{problem}\n      mend: {mend}"), Some(Red)),
         Kind::UnitFound { alias: Some(alias) } => (format!("found: systemd's name for {alias}"), None),
         Kind::UnitFound { alias: None } => ("found".into(), Some(Green)),

@@ -148,7 +148,17 @@ async fn hold(State(app): State<Arc<App>>, body: Body_<Hold>) -> Result<Json<ser
         (BootNs(now.0.saturating_add(ms.saturating_mul(1_000_000))), wall)
     });
     app.supervisor.feed(slot, now, Input::Hold { until, reason });
+    settled(&app, "held").await?;
     Ok(Json(serde_json::json!({ "unit": id, "until": until.map(|(_, wall)| wall) })))
+}
+
+/// What a person was promised must be on disk before he is told.
+async fn settled(app: &App, what: &str) -> Result<(), Refusal> {
+    let change = *app.supervisor.changes().borrow();
+    app.saving.settled(change).await.map_err(|cause| {
+        let error = format!("the unit is {what}, but only until ftd restarts: that cannot be saved: {cause}");
+        refuse(error, "make room, or mend the disk; ftd keeps trying, see: ftctl events")
+    })
 }
 
 async fn release(
@@ -158,6 +168,7 @@ async fn release(
     let Release { unit } = parse(body)?;
     let (slot, id) = app.supervisor.find(&unit).map_err(|e| refuse(e, "see: ftctl status"))?;
     app.supervisor.feed(slot, boot_now(), Input::Release);
+    settled(&app, "released").await?;
     Ok(Json(serde_json::json!({ "unit": id })))
 }
 

@@ -6,7 +6,6 @@ use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::{
     machine::{Input, JobOutcome},
-    saved::Store,
     supervisor::{Action, Job, Supervisor, boot_now},
 };
 use crate::unit::{
@@ -16,12 +15,7 @@ use crate::unit::{
 
 /// Does what is wanted, for ever. Jobs of different units run side by side; a unit has one at a time,
 /// its machine sees to that.
-pub async fn run(
-    supervisor: Arc<Supervisor>,
-    systemd: Systemd,
-    store: Arc<Store>,
-    mut wanted: UnboundedReceiver<Action>,
-) {
+pub async fn run(supervisor: Arc<Supervisor>, systemd: Systemd, mut wanted: UnboundedReceiver<Action>) {
     while let Some(action) = wanted.recv().await {
         match action {
             Action::Start(job) => {
@@ -30,7 +24,6 @@ pub async fn run(
             Action::Restart(job) => {
                 tokio::spawn(work(Arc::clone(&supervisor), systemd.clone(), job, true));
             }
-            Action::Save => save(&supervisor, &store).await,
         }
     }
 }
@@ -67,17 +60,6 @@ fn thaw(supervisor: &Supervisor, job: &Job) {
         if let Err(error) = fs::write(dir.join("cgroup.freeze"), "0") {
             tracing::error!(unit = job.id, %error, "its cgroup cannot be thawed");
         }
-    }
-}
-
-async fn save(supervisor: &Supervisor, store: &Arc<Store>) {
-    let (saved, store) = (supervisor.saved(), Arc::clone(store));
-    let path = store.path().display().to_string();
-    let result = tokio::task::spawn_blocking(move || store.save(saved)).await;
-    match result {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::error!(path, %error, "holds and attempts cannot be saved"),
-        Err(error) => tracing::error!(path, %error, "saving was cut short"),
     }
 }
 

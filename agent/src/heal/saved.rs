@@ -2,17 +2,28 @@
 //!
 //! One small JSON file, replaced as a whole (write, sync, rename, sync the directory), so that it is
 //! always the old or the new one. Attempts are times of the boot clock and count only in the same boot.
+//!
+//! Saving is a task of its own ([`keep`]): a slow disk delays no heal. Many changes in a row are saved once. He
+//! who must know that a change is on disk, such as a person who holds a unit, waits for its number
+//! ([`Saving::settled`]).
 
 use std::{
     collections::BTreeMap,
     fs::{self, File},
     io::{self, Write as _},
     path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
 };
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
-use super::machine::Saved;
+use super::{machine::Saved, supervisor::Supervisor};
+use crate::event::{Kind, bus::Bus};
+
+/// Time between attempts to save while it does not work.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// The file in ftd's state directory.
 #[derive(Debug)]
@@ -55,6 +66,58 @@ impl Store {
     pub fn save(&self, units: BTreeMap<String, Saved>) -> io::Result<()> {
         write_durably(&self.path, &serde_json::to_vec_pretty(&Content { boot_id: boot_id(), units })?)
     }
+}
+
+/// How far saving has come; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Saving {
+    /// The number of the last change that is on disk or could not be written, and then why.
+    tried: watch::Receiver<(u64, Option<String>)>,
+}
+
+impl Saving {
+    /// Waits until the change with this number ([`Supervisor::changes`]) is on disk. `Err` says why it is not;
+    /// it is tried again all the same.
+    pub async fn settled(&self, change: u64) -> Result<(), String> {
+        let mut tried = self.tried.clone();
+        match tried.wait_for(|(number, _)| *number >= change).await.map(|tried| tried.1.clone()) {
+            Ok(None) => Ok(()),
+            Ok(Some(cause)) => Err(cause),
+            Err(_) => Err("ftd is ending".into()),
+        }
+    }
+}
+
+/// Saves what changes, for ever, in a task of its own.
+pub fn keep(supervisor: Arc<Supervisor>, store: Arc<Store>, bus: Arc<Bus>) -> Saving {
+    let (tell, tried) = watch::channel((0, None));
+    let mut changes = supervisor.changes();
+    tokio::spawn(async move {
+        let mut failing = false;
+        while changes.changed().await.is_ok() {
+            loop {
+                let number = *changes.borrow_and_update();
+                let (saved, store) = (supervisor.saved(), Arc::clone(&store));
+                let path = store.path().display().to_string();
+                let result = tokio::task::spawn_blocking(move || store.save(saved)).await;
+                let Err(error) = result.map_err(io::Error::other).flatten() else {
+                    if std::mem::take(&mut failing) {
+                        bus.emit(None, None, Kind::StateSaved {});
+                    }
+                    tell.send_replace((number, None));
+                    break;
+                };
+                let cause = format!("{path}: {error}");
+                if !std::mem::replace(&mut failing, true) {
+                    tracing::error!(cause, "holds and attempts cannot be saved");
+                    bus.emit(None, None, Kind::StateUnsaved { cause: cause.clone() });
+                }
+                tell.send_replace((number, Some(cause)));
+                tokio::time::sleep(RETRY).await;
+            }
+        }
+    });
+    Saving { tried }
 }
 
 /// Replaces a file as a whole: after this, or after a crash at any moment of it, the file is the new

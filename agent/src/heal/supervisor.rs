@@ -27,8 +27,6 @@ pub enum Action {
     Start(Job),
     /// Restart a unit, killing what does not stop, and feed back how it went.
     Restart(Job),
-    /// Save the state of all units.
-    Save,
 }
 
 /// A start or restart.
@@ -55,6 +53,7 @@ pub struct Supervisor {
     state: Mutex<State>,
     actions: mpsc::UnboundedSender<Action>,
     wake: watch::Sender<Option<BootNs>>,
+    changes: watch::Sender<u64>,
 }
 
 #[derive(Debug)]
@@ -188,7 +187,8 @@ impl Supervisor {
         let (actions, wanted) = mpsc::unbounded_channel();
         let elsewhere = Elsewhere { per_minute: elsewhere_per_minute, ..Elsewhere::default() };
         let state = Mutex::new(State { units: units.collect(), elsewhere });
-        let supervisor = Self { bus, state, actions, wake: watch::Sender::new(None) };
+        let supervisor =
+            Self { bus, state, actions, wake: watch::Sender::new(None), changes: watch::Sender::new(0) };
         supervisor.plan_wake(&supervisor.state());
         (Arc::new(supervisor), wanted)
     }
@@ -200,6 +200,11 @@ impl Supervisor {
     /// When `tick` must be called next; changes are announced.
     pub fn wake(&self) -> watch::Receiver<Option<BootNs>> {
         self.wake.subscribe()
+    }
+
+    /// The number of the last change that must survive a restart of ftd; changes are announced.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
     }
 
     /// Feeds one input that happened at `at`.
@@ -233,7 +238,7 @@ impl Supervisor {
         match output {
             Output::Start(number) => act(Action::Start(job(unit, number))),
             Output::Restart(number) => act(Action::Restart(job(unit, number))),
-            Output::Save => act(Action::Save),
+            Output::Save => self.changes.send_modify(|number| *number += 1),
             Output::Open(kind) => {
                 unit.outages += 1;
                 if let Kind::Down { cause, .. } = &kind {

@@ -356,8 +356,7 @@ impl World {
         let Some(pid) = self.alive.take() else { return };
         let signal = |signal| ExitStatus::Signal { signal, core: false };
         let (status, sent) = match end {
-            End::Killed => (signal(libc::SIGKILL), Some(libc::SIGKILL)),
-            End::Oom => (signal(libc::SIGKILL), Some(libc::SIGKILL)),
+            End::Killed | End::Oom => (signal(libc::SIGKILL), Some(libc::SIGKILL)),
             End::Crashed => (signal(libc::SIGSEGV), None),
             End::Code(code) => (ExitStatus::Code(code), (sender == 1).then_some(libc::SIGTERM)),
         };
@@ -404,7 +403,6 @@ impl World {
                 self.start_after_stop = true;
             }
             Deed::Start if self.mind == Mind::Down => self.spawn(),
-            Deed::Start => {}
             Deed::Restart => {
                 self.stops += 1;
                 self.start_after_stop = true;
@@ -422,7 +420,7 @@ impl World {
                 let away = lost + MS + self.delay(30 * MS, 2 * S);
                 self.after(away, Event::BusBack);
             }
-            Deed::BusLost => {}
+            Deed::Start | Deed::BusLost => {}
         }
     }
 
