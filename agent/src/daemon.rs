@@ -156,7 +156,7 @@ async fn serve(config: Config) -> Result<()> {
         source,
         started,
     });
-    tokio::spawn(async move { faults.recover_left_over().await });
+    faults.recover_left_over();
     tokio::spawn(server::serve_unix(Arc::clone(&app), listener));
     if let Some(address) = tcp {
         let app = Arc::clone(&app);

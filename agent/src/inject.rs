@@ -3,11 +3,13 @@
 //! A fault is: a record of how to undo it, written durably; the deed; the undo, when its time is over,
 //! when a person asks for it, or when ftd starts and finds the record of one that it did not see the end
 //! of. Undoing is idempotent and tolerates that the unit has meanwhile been restarted: what belonged to the
-//! old run went with it. The record is removed only after the undo has succeeded.
+//! old run went with it. An undo that fails is tried again until it succeeds; only then the record is removed
+//! and the fault no longer listed.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -18,12 +20,22 @@ use nix::{
     unistd::Pid,
 };
 use serde::{Deserialize, Serialize};
-use tokio::sync::{broadcast, oneshot};
+use tokio::{
+    sync::{broadcast, oneshot},
+    task::JoinHandle,
+};
 
 use crate::{
     event::{Event, Kind, OpId, bus::Bus},
-    heal::{machine::Phase, saved::write_durably, supervisor::Supervisor},
-    unit::{UnitView, cgroup, manager::Systemd},
+    heal::{
+        machine::Phase,
+        saved::{boot_id, write_durably},
+        supervisor::Supervisor,
+    },
+    unit::{
+        UnitView, cgroup,
+        manager::{JobError, Systemd},
+    },
 };
 
 pub mod balloon;
@@ -34,6 +46,13 @@ const STOP_LIMIT: Duration = Duration::from_secs(90);
 const OOM_ROOM: u64 = 32 << 20;
 /// How long a fault with a duration lasts when none is given.
 const DEFAULT_FOR: Duration = Duration::from_secs(30);
+/// First and longest wait between attempts to undo.
+const UNDO_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
+/// How long a start may take that gives a stopped unit back.
+const START_LIMIT: Duration = Duration::from_secs(90);
+
+/// The limits of a cgroup that the OOM fault lowers, see cgroup-v2.rst of the kernel's documentation.
+const LIMITS: [&str; 2] = ["memory.swap.max", "memory.max"];
 
 /// What can be broken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -63,7 +82,7 @@ pub struct Request {
     /// For `kill`: every process of the unit, not the main process only.
     #[serde(default)]
     pub whole: bool,
-    /// For `hang` and `oom`: end after this long, milliseconds.
+    /// For all but `kill`: end after this long, milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub for_ms: Option<u64>,
 }
@@ -83,6 +102,9 @@ pub struct Record {
     pub begun: jiff::Timestamp,
     /// When it ends by itself.
     pub ends: Option<jiff::Timestamp>,
+    /// The kernel's name for the boot in which it was made: process ids and cgroups mean nothing in another.
+    #[serde(default)]
+    pub boot: String,
     /// The operation it opened; events of the undo carry it too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub op: Option<OpId>,
@@ -96,14 +118,16 @@ pub struct Record {
 pub enum Undo {
     /// Let the stopped processes of a cgroup go on.
     Continue(PathBuf),
-    /// Give a unit its memory limits back.
-    MemoryLimits {
-        /// The unit.
-        unit: String,
-        /// The limit it had, bytes; `u64::MAX` for none.
-        bytes: u64,
-        /// The limit of swap it had, likewise.
-        swap: u64,
+    /// Start a unit that was stopped.
+    Start(String),
+    /// Give a file of a cgroup its old content back.
+    CgroupFile {
+        /// The file.
+        file: PathBuf,
+        /// The inode of the cgroup's directory: one that was removed and made anew has its own limits.
+        inode: u64,
+        /// The content.
+        content: String,
     },
     /// End a helper process: its id, and its start time so that no other with the same id is hit.
     EndProcess {
@@ -189,6 +213,8 @@ pub struct Faults {
     supervisor: Arc<Supervisor>,
     systemd: Systemd,
     active: Mutex<BTreeMap<String, Active>>,
+    /// Held while a fault is checked and prepared: two at once would each find the unit without the other.
+    preparing: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug)]
@@ -208,7 +234,8 @@ impl Faults {
         systemd: Systemd,
     ) -> Arc<Self> {
         let dir = state_dir.join("faults");
-        Arc::new(Self { enabled, dir, bus, supervisor, systemd, active: Mutex::default() })
+        let (active, preparing) = (Mutex::default(), tokio::sync::Mutex::default());
+        Arc::new(Self { enabled, dir, bus, supervisor, systemd, active, preparing })
     }
 
     fn active(&self) -> MutexGuard<'_, BTreeMap<String, Active>> {
@@ -220,27 +247,36 @@ impl Faults {
         self.active().values().map(|active| active.record.clone()).collect()
     }
 
-    /// Undoes what an earlier ftd left behind.
-    pub async fn recover_left_over(self: &Arc<Self>) {
-        let Ok(entries) = fs::read_dir(&self.dir) else { return };
+    /// Undoes what an earlier ftd left behind: lists it at once, so that it is seen and no new fault is
+    /// taken for an old one, and goes on with the work in the background.
+    pub fn recover_left_over(self: &Arc<Self>) {
+        let trouble = |path: &Path, error: String| {
+            let id = path.display().to_string();
+            self.bus.emit(None, None, Kind::FaultTrouble { id, error });
+        };
+        let entries = match fs::read_dir(&self.dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+            Err(error) => return trouble(&self.dir, format!("undo records cannot be read: {error}")),
+        };
         for path in entries.filter_map(Result::ok).map(|entry| entry.path()) {
             if path.extension().is_none_or(|e| e != "json") {
                 continue;
             }
-            match fs::read(&path)
-                .map_err(|e| e.to_string())
-                .and_then(|bytes| serde_json::from_slice::<Record>(&bytes).map_err(|e| e.to_string()))
-            {
+            let read = fs::read(&path).map_err(|error| error.to_string());
+            match read.and_then(|bytes| serde_json::from_slice::<Record>(&bytes).map_err(|e| e.to_string())) {
                 Ok(record) => {
                     self.active().insert(record.id.clone(), Active { record: record.clone(), end: None });
-                    self.finish(record, "ftd started again").await;
+                    self.finish_beside(record, "ftd started again");
                 }
-                Err(error) => {
-                    let id = path.display().to_string();
-                    self.bus.emit(None, None, Kind::FaultTrouble { id, error });
-                }
+                Err(error) => trouble(&path, format!("this undo record cannot be read: {error}")),
             }
         }
+    }
+
+    fn finish_beside(self: &Arc<Self>, record: Record, why: &'static str) -> JoinHandle<()> {
+        let faults = Arc::clone(self);
+        tokio::spawn(async move { faults.finish(record, why).await })
     }
 
     /// Undoes all faults and returns when that is done: ftd is about to end, and nobody would undo them.
@@ -281,12 +317,12 @@ impl Faults {
         }
         let signal = parse_signal(request)?;
         if let Some(ms) = request.for_ms {
-            let mortal = matches!(request.fault, Fault::Hang | Fault::Oom);
-            if !mortal || !(100..=3_600_000).contains(&ms) {
-                let text = "--for goes with hang and oom, from 100ms to 1h";
+            if request.fault == Fault::Kill || !(100..=3_600_000).contains(&ms) {
+                let text = "--for goes with stop, hang and oom, from 100ms to 1h";
                 return Err(InjectError::Parameter(text.into()));
             }
         }
+        let preparing = self.preparing.lock().await;
         let (slot, unit) = self.supervisor.find(&request.unit).map_err(|error| InjectError::Unfit {
             unit: request.unit.clone(),
             cause: error.to_string(),
@@ -314,16 +350,19 @@ impl Faults {
         };
         let lasting =
             (!deed.undo.is_empty()).then(|| request.for_ms.map_or(DEFAULT_FOR, Duration::from_millis));
-        self.carry_out(unit, request.fault, deed, lasting).await
+        let (record, act, ended) = self.prepare(unit, request.fault, deed, lasting).await?;
+        drop(preparing);
+        self.carry_out(record, act, ended, lasting).await
     }
 
-    async fn carry_out(
-        self: &Arc<Self>,
+    /// Announces a fault, lists it, and writes its way back. Answers also where its end will be asked for.
+    async fn prepare(
+        &self,
         unit: String,
         fault: Fault,
         mut deed: Deed,
         lasting: Option<Duration>,
-    ) -> Result<Record, InjectError> {
+    ) -> Result<(Record, Act, oneshot::Receiver<&'static str>), InjectError> {
         let begun = jiff::Timestamp::now();
         let id = format!("{:x}", begun.as_microsecond());
         let for_ms = lasting.map_or(0, |d| d.as_millis().try_into().unwrap_or(u64::MAX));
@@ -334,25 +373,45 @@ impl Faults {
             *helper = Some(balloon);
         }
         let ends = lasting.map(|lasting| begun.saturating_add(lasting).unwrap_or(jiff::Timestamp::MAX));
-        let mut record =
-            Record { id, unit, fault, detail: deed.detail, begun, ends, op: None, undo: deed.undo };
-        // The way back is on disk before the deed.
-        if lasting.is_some() {
-            self.write(&record)?;
-        }
         let kind = Kind::FaultInjected {
-            id: record.id.clone(),
+            id: id.clone(),
             fault: format!("{fault:?}").to_lowercase(),
-            detail: record.detail.clone(),
+            detail: deed.detail.clone(),
             for_ms,
         };
-        record.op = Some(self.bus.open(Some(&record.unit), kind));
+        let op = Some(self.bus.open(Some(&unit), kind));
+        let Deed { detail, undo, act } = deed;
+        let record = Record { id, unit, fault, detail, begun, ends, boot: boot_id(), op, undo };
+        // The way back is on disk before the deed.
+        if lasting.is_some()
+            && let Err(error) = self.write(&record).await
+        {
+            self.trouble(&record, format!("nothing was done: {error}"));
+            return Err(error);
+        }
         let (end, ended) = oneshot::channel();
         self.active().insert(record.id.clone(), Active { record: record.clone(), end: Some(end) });
-        let watch = match deed.act.perform(&record, &self.systemd).await {
+        Ok((record, act, ended))
+    }
+
+    fn trouble(&self, record: &Record, error: String) {
+        let kind = Kind::FaultTrouble { id: record.id.clone(), error };
+        self.bus.emit(Some(&record.unit), record.op, kind);
+    }
+
+    async fn carry_out(
+        self: &Arc<Self>,
+        record: Record,
+        act: Act,
+        ended: oneshot::Receiver<&'static str>,
+        lasting: Option<Duration>,
+    ) -> Result<Record, InjectError> {
+        let watch = match act.perform(&record, &self.systemd).await {
             Ok(watch) => watch,
             Err(error) => {
-                self.finish(record, "it could not be done").await;
+                self.trouble(&record, error.to_string());
+                // It may take its time; what the person is told does not depend on it.
+                self.finish_beside(record, "it could not be done");
                 return Err(error);
             }
         };
@@ -368,8 +427,7 @@ impl Faults {
                 gone = watch.gone() => match gone {
                     Ok(()) => "done",
                     Err(error) => {
-                        let id = ending.id.clone();
-                        faults.bus.emit(Some(&ending.unit), ending.op, Kind::FaultTrouble { id, error });
+                        faults.trouble(&ending, error);
                         "it had no effect"
                     }
                 },
@@ -380,41 +438,57 @@ impl Faults {
         Ok(record)
     }
 
-    fn write(&self, record: &Record) -> Result<(), InjectError> {
-        let path = self.path(&record.id);
-        let write = || {
-            fs::create_dir_all(&self.dir)?;
-            write_durably(&path, &serde_json::to_vec_pretty(record)?)
+    async fn write(&self, record: &Record) -> Result<(), InjectError> {
+        let (dir, path, record) = (self.dir.clone(), self.path(&record.id), record.clone());
+        let what = format!("{}: writing the undo record", path.display());
+        let write = move || {
+            fs::create_dir_all(&dir)?;
+            write_durably(&path, &serde_json::to_vec_pretty(&record)?)
         };
-        write().map_err(failed(format!("{}: writing the undo record", path.display())))
+        // A disk that takes its time must not hold up the others.
+        let written = tokio::task::spawn_blocking(write).await;
+        written.map_err(io::Error::other).flatten().map_err(failed(what))
     }
 
     fn path(&self, id: &str) -> PathBuf {
         self.dir.join(format!("{id}.json"))
     }
 
+    /// Undoes a fault, however often it takes, and takes it off the list.
     async fn finish(&self, record: Record, why: &str) {
+        let mut wait = UNDO_AGAIN.0;
+        let mut told = String::new();
+        while let Err(error) = self.undo(&record).await {
+            if error != told {
+                self.trouble(&record, format!("it is not undone yet: {error}"));
+                told = error;
+            }
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(UNDO_AGAIN.1);
+        }
+        self.active().remove(&record.id);
+        let kind = Kind::FaultUndone { id: record.id.clone(), why: why.into() };
+        self.bus.emit(Some(&record.unit), record.op, kind);
+    }
+
+    async fn undo(&self, record: &Record) -> Result<(), String> {
+        let same_boot = record.boot == boot_id();
         let mut errors = Vec::new();
-        for undo in record.undo.iter().rev() {
+        for undo in record.undo.iter().rev().filter(|undo| same_boot || undo.outlives_the_boot()) {
             if let Err(error) = undo.run(&self.systemd).await {
                 errors.push(error);
             }
         }
-        if errors.is_empty() {
-            match fs::remove_file(self.path(&record.id)) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => errors.push(error.to_string()),
-                _ => {}
-            }
+        if !errors.is_empty() {
+            return Err(errors.join("; "));
         }
-        self.active().remove(&record.id);
-        let (unit, id) = (Some(record.unit.as_str()), record.id.clone());
-        let kind = if errors.is_empty() {
-            Kind::FaultUndone { id, why: why.into() }
-        } else {
-            // The record stays: the next start of ftd tries again.
-            Kind::FaultTrouble { id, error: errors.join("; ") }
-        };
-        self.bus.emit(unit, record.op, kind);
+        let path = self.path(&record.id);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(format!("{}: {error}", path.display()))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -441,7 +515,8 @@ enum Act {
 }
 
 enum OomPlace {
-    /// The unit's own memory limit, lowered by systemd; the helper joins the unit's cgroup.
+    /// The unit's own cgroup, which the helper joins, with a lower limit. systemd is not asked to set it: it
+    /// would leave drop-ins behind, and its own idea of the limit is what a new run of the unit gets.
     Unit { limit: u64, cgroup: PathBuf },
     /// A group of its own in the memory controller's hierarchy, on hybrid hosts.
     Group { limit: u64, group: PathBuf },
@@ -478,10 +553,15 @@ impl Watched {
 
 impl Deed {
     fn stop(unit: &str) -> Self {
-        Self { detail: format!("stop {unit}"), undo: Vec::new(), act: Act::Stop }
+        Self { detail: format!("stop {unit}"), undo: vec![Undo::Start(unit.to_owned())], act: Act::Stop }
     }
 
     fn kill(view: &UnitView, signal: Signal, whole: bool) -> Result<Self, InjectError> {
+        // They end nothing and have no end of their own.
+        if matches!(signal, Signal::SIGSTOP | Signal::SIGTSTP | Signal::SIGTTIN | Signal::SIGTTOU) {
+            let text = format!("{signal} would stop the unit for ever: use hang, which has an end");
+            return Err(InjectError::Parameter(text));
+        }
         let pids = if whole {
             cgroup::processes(&directory(view)?).map_err(failed("listing the processes"))?
         } else {
@@ -509,8 +589,14 @@ impl Deed {
         let cgroup = directory(view)?;
         let mut undo = Vec::new();
         let place = if let Ok(used) = fs::read_to_string(cgroup.join("memory.current")) {
-            let (bytes, swap) = (view.memory_max, view.memory_swap_max);
-            undo.push(Undo::MemoryLimits { unit: unit.to_owned(), bytes, swap });
+            let inode = fs::metadata(&cgroup).map_err(failed("looking at the unit's cgroup"))?.ino();
+            for name in LIMITS {
+                let file = cgroup.join(name);
+                // There is no limit of swap on a kernel without swap accounting.
+                if let Ok(content) = fs::read_to_string(&file) {
+                    undo.push(Undo::CgroupFile { file, inode, content });
+                }
+            }
             let limit = used.trim().parse::<u64>().unwrap_or(0) + OOM_ROOM;
             OomPlace::Unit { limit, cgroup }
         } else if let Some(mount) = cgroup::v1_memory_mount() {
@@ -572,8 +658,12 @@ impl Act {
                     OomPlace::Unit { limit, cgroup } => {
                         fs::write(cgroup.join("cgroup.procs"), helper.pid.to_string())
                             .map_err(failed("moving the helper into the unit's cgroup"))?;
-                        let set = systemd.set_memory_limits(&record.unit, *limit, 0).await;
-                        set.map_err(|e| failed("limiting the unit's memory")(io::Error::other(e)))?;
+                        for (name, value) in LIMITS.into_iter().zip(["0".to_owned(), limit.to_string()]) {
+                            let file = cgroup.join(name);
+                            if file.exists() {
+                                fs::write(&file, value).map_err(failed(format!("{}", file.display())))?;
+                            }
+                        }
                     }
                     OomPlace::Group { limit, group } => {
                         let fill = || {
@@ -597,6 +687,11 @@ impl Act {
 }
 
 impl Undo {
+    /// Whether it is still to be done after a restart of the host.
+    fn outlives_the_boot(&self) -> bool {
+        matches!(self, Self::Start(_))
+    }
+
     async fn run(&self, systemd: &Systemd) -> Result<(), String> {
         let gone = |error: &io::Error| {
             error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
@@ -604,15 +699,32 @@ impl Undo {
         let text = |what: String| move |error: io::Error| format!("{what}: {error}");
         match self {
             Self::Continue(dir) => {
-                for pid in cgroup::processes(dir).unwrap_or_default() {
+                let pids = match cgroup::processes(dir) {
+                    Err(error) if gone(&error) => return Ok(()),
+                    pids => pids.map_err(text(format!("{}", dir.display())))?,
+                };
+                for pid in pids {
                     // ESRCH: it has ended meanwhile.
                     let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGCONT);
                 }
                 Ok(())
             }
-            Self::MemoryLimits { unit, bytes, swap } => {
-                let set = systemd.set_memory_limits(unit, *bytes, *swap).await;
-                set.map_err(|error| format!("giving {unit} its memory limit back: {error}"))
+            Self::Start(unit) => match systemd.start(unit, START_LIMIT).await {
+                Ok(result) if result == "done" => Ok(()),
+                Ok(result) => Err(format!("starting {unit}: systemd says {result}")),
+                // Somebody is stopping it on purpose, and it is his now.
+                Err(JobError::Contradicts(_)) => Ok(()),
+                Err(error) => Err(format!("starting {unit}: {error}")),
+            },
+            Self::CgroupFile { file, inode, content } => {
+                let dir = file.parent().unwrap_or(file);
+                if fs::metadata(dir).map_or(true, |dir| dir.ino() != *inode) {
+                    return Ok(());
+                }
+                match fs::write(file, content) {
+                    Err(error) if gone(&error) => Ok(()),
+                    written => written.map_err(text(format!("{}", file.display()))),
+                }
             }
             Self::EndProcess { pid, start } => {
                 if start_time(*pid) == Some(*start) {
@@ -732,17 +844,41 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_cgroup_file_gets_its_old_content_unless_the_cgroup_is_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("memory.max");
+        fs::write(&file, "100").unwrap();
+        let inode = fs::metadata(dir.path()).unwrap().ino();
+        let undo = |inode| Undo::CgroupFile { file: file.clone(), inode, content: "max".into() };
+        assert_eq!(undo(inode + 1).run(&Systemd::default()).await, Ok(()));
+        assert_eq!(fs::read_to_string(&file).unwrap(), "100");
+        assert_eq!(undo(inode).run(&Systemd::default()).await, Ok(()));
+        assert_eq!(fs::read_to_string(&file).unwrap(), "max");
+    }
+
+    #[test]
+    fn signals_that_stop_a_process_are_refused() {
+        let view = UnitView { main_pid: 1, ..UnitView::default() };
+        for signal in ["STOP", "TSTP", "20"] {
+            let signal = parse_signal(&request(Fault::Kill, Some(signal))).unwrap();
+            let error = Deed::kill(&view, signal, false).err().unwrap().to_string();
+            assert!(error.contains("use hang"), "{error}");
+        }
+    }
+
+    #[tokio::test]
     async fn undoing_what_is_already_gone_succeeds() {
         let systemd = Systemd::default();
         for undo in [
             Undo::Continue("/nonexistent/cgroup".into()),
             Undo::EndProcess { pid: std::process::id(), start: 1 },
             Undo::OomScore { pid: 0, start: 1, adjust: 0 },
+            Undo::CgroupFile { file: "/nonexistent/memory.max".into(), inode: 1, content: "max".into() },
             Undo::RemoveGroup { group: "/nonexistent/g".into(), back_to: "/nonexistent".into() },
         ] {
             assert_eq!(undo.run(&systemd).await, Ok(()), "{undo:?}");
         }
-        let limit = Undo::MemoryLimits { unit: "a.service".into(), bytes: u64::MAX, swap: u64::MAX };
-        assert!(limit.run(&systemd).await.unwrap_err().contains("not connected"));
+        let start = Undo::Start("a.service".into());
+        assert!(start.run(&systemd).await.unwrap_err().contains("not connected"));
     }
 }

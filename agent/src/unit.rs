@@ -49,8 +49,6 @@ pub struct UnitView {
     pub exec_main_status: i32,
     /// Memory limit of its cgroup, bytes; `u64::MAX` when it has none.
     pub memory_max: u64,
-    /// Limit of its swap, likewise.
-    pub memory_swap_max: u64,
 }
 
 impl UnitView {

@@ -20,7 +20,7 @@ use tokio::{
     time::timeout,
 };
 use zbus::{
-    Connection, Message, MessageStream, OwnedObjectPath, OwnedVariant, Variant,
+    Connection, Message, MessageStream, OwnedObjectPath, OwnedVariant,
     message::{Flags, Type},
 };
 
@@ -241,14 +241,6 @@ impl Systemd {
         let reply = call(&connection, path.as_str(), PROPERTIES, "Get", &(UNIT, "ActiveState")).await;
         let value: OwnedVariant = body(&reply.map_err(refusal)?)?;
         String::try_from(value).map_err(|error| JobError::Refused(error.to_string()))
-    }
-
-    /// Sets a unit's limits of memory and swap, until they are set again or the host restarts.
-    pub async fn set_memory_limits(&self, unit: &str, bytes: u64, swap: u64) -> Result<(), JobError> {
-        let limits = vec![("MemoryMax", Variant::from(bytes)), ("MemorySwapMax", Variant::from(swap))];
-        let arguments = (unit, true, limits);
-        call(&self.connection()?, PATH, MANAGER, "SetUnitProperties", &arguments).await.map_err(refusal)?;
-        Ok(())
     }
 
     /// systemd's version.
@@ -485,7 +477,6 @@ impl Page {
                 "ExecMainPID" => set(&mut view.exec_main_pid, value),
                 "ExecMainStatus" => set(&mut view.exec_main_status, value),
                 "MemoryMax" => set(&mut view.memory_max, value),
-                "MemorySwapMax" => set(&mut view.memory_swap_max, value),
                 _ => {}
             }
         }
