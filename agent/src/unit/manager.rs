@@ -3,7 +3,8 @@
 //! One task holds the connection and reads every message in the order in which systemd sent it:
 //! property changes become [`UnitView`]s, ends of jobs wake those who wait for them. That order matters:
 //! systemd sends a unit's new state before the end of the job that brought it about, and so does this
-//! task. When the connection breaks (bus restart, `daemon-reexec`) it says so, connects again, and
+//! task. A look at a unit is newer than the changes that still wait to be read: these are told by the serial
+//! numbers of the messages, which systemd gives out in order, and left out. When the connection breaks (bus restart, `daemon-reexec`) it says so, connects again, and
 //! starts from a fresh look at every unit, so nothing that happened meanwhile is missed.
 
 use std::{
@@ -30,6 +31,7 @@ const NAME: &str = "org.freedesktop.systemd1";
 const PATH: &str = "/org/freedesktop/systemd1";
 const MANAGER: &str = "org.freedesktop.systemd1.Manager";
 const UNIT: &str = "org.freedesktop.systemd1.Unit";
+const SERVICE: &str = "org.freedesktop.systemd1.Service";
 const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
 /// The socket on which PID 1 itself listens for root.
 const PRIVATE_SOCKET: &str = "/run/systemd/private";
@@ -155,7 +157,7 @@ impl Systemd {
             match member.as_str() {
                 "PropertiesChanged" => {
                     if let Some(index) = book.index_of(path.as_str())
-                        && book.apply(index, &message)?
+                        && book.pages[index].apply(&message)?
                     {
                         book.report(index, sink);
                     }
@@ -379,6 +381,8 @@ struct Page {
     id: String,
     slice: String,
     view: UnitView,
+    /// The serial numbers of the messages in which the unit's, and the service's, properties were read.
+    read: (u32, u32),
 }
 
 impl Book {
@@ -412,16 +416,6 @@ impl Book {
         Ok(())
     }
 
-    /// Takes over changed properties; answers whether there were any of interest.
-    fn apply(&mut self, index: usize, message: &Message) -> zbus::Result<bool> {
-        let body = message.body();
-        let (_, changed, _): (String, HashMap<String, OwnedVariant>, Vec<String>) = body.deserialize()?;
-        let page = &mut self.pages[index];
-        let before = page.view.clone();
-        page.take(changed);
-        Ok(page.view != before)
-    }
-
     fn report(&self, index: usize, sink: &impl Fn(Report)) {
         let Page { id, view, .. } = &self.pages[index];
         sink(Report::View { unit: index, id: id.clone(), view: view.clone() });
@@ -437,13 +431,30 @@ impl Page {
             let path = page.path.clone();
             async move { call(connection, &path, PROPERTIES, "GetAll", &(interface,)).await }
         };
-        let (unit, service) = (of(UNIT).await?, of("org.freedesktop.systemd1.Service").await);
+        let (unit, service) = (of(UNIT).await?, of(SERVICE).await);
+        page.read.0 = serial(&unit);
         page.take(unit.body().deserialize()?);
         // Only services have these; of other kinds there is no main process to watch.
         if let Ok(service) = service {
+            page.read.1 = serial(&service);
             page.take(service.body().deserialize()?);
         }
         Ok(page)
+    }
+
+    /// Takes over changed properties, unless they are older than what was read; answers whether there were any of
+    /// interest.
+    fn apply(&mut self, message: &Message) -> zbus::Result<bool> {
+        let body = message.body();
+        let (interface, changed, _): (String, HashMap<String, OwnedVariant>, Vec<String>) =
+            body.deserialize()?;
+        let read = if interface == SERVICE { self.read.1 } else { self.read.0 };
+        if serial(message) < read {
+            return Ok(false);
+        }
+        let before = self.view.clone();
+        self.take(changed);
+        Ok(self.view != before)
     }
 
     fn take(&mut self, properties: HashMap<String, OwnedVariant>) {
@@ -487,6 +498,11 @@ impl Page {
     }
 }
 
+/// The number that the sender gave to a message: it counts them, see the D-Bus specification, "Header Fields".
+fn serial(message: &Message) -> u32 {
+    message.primary_header().serial_num().get()
+}
+
 fn set<T: TryFrom<OwnedVariant>>(field: &mut T, value: OwnedVariant) {
     if let Ok(value) = T::try_from(value) {
         *field = value;
@@ -506,6 +522,22 @@ fn slice_path(slice: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_change_that_is_older_than_the_last_look_is_left_out() {
+        let change = |state: &str| {
+            let changed = HashMap::from([("ActiveState", zbus::Variant::from(state))]);
+            let signal = Message::signal(PATH, PROPERTIES, "PropertiesChanged");
+            signal.build(&(UNIT, changed, Vec::<String>::new())).unwrap()
+        };
+        let (old, look, new) = (change("failed"), change(""), change("inactive"));
+        let mut page = Page { read: (serial(&look), serial(&look)), ..Page::default() };
+        page.view.active_state = "active".into();
+        assert!(!page.apply(&old).unwrap());
+        assert_eq!(page.view.active_state, "active");
+        assert!(page.apply(&new).unwrap());
+        assert_eq!(page.view.active_state, "inactive");
+    }
 
     #[test]
     fn a_slice_lies_in_the_slices_that_its_name_spells() {
