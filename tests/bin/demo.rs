@@ -1,7 +1,8 @@
 //! `cargo xtask demo`: two hosts with the built package, and what ftd does when their services are broken.
 //!
 //! Shows what ftd says as it says it, then a table of what was done, what ftd saw, and how long each took.
-//! The hosts stay, to look around; `--down` ends them.
+//! When the show is over the hosts stay, to look around, until the next show or `cargo xtask hosts down`;
+//! `--down` ends them at once. A show that fails, or is cut short by Ctrl-C, leaves nothing behind.
 
 use std::{
     io::{BufRead as _, BufReader},
@@ -12,7 +13,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
-use harness::{Base, BootOptions, Events, Host, Lab, events::Said};
+use harness::{Base, BootOptions, Events, Host, Lab, events::Said, lab::BY_HAND};
 
 /// Show ftd healing two hosts with nginx and apache2.
 #[derive(Parser)]
@@ -115,7 +116,7 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<()> {
     let base = Base::find()?;
-    let lab = if arguments.down { Lab::on(base)? } else { Lab::by_hand("lab", base)? };
+    let lab = if arguments.down { Lab::on(base)? } else { Lab::for_a_show(BY_HAND, base)? };
     let names = ["vm1", "vm2"];
     println!("booting {} with ftd, nginx and apache2 ...", names.join(" and "));
     let mut hosts = Vec::new();
@@ -145,7 +146,9 @@ fn run(arguments: &Arguments) -> Result<()> {
         "\n{:<5} {:<48} {:<11} {:>12} {:>10}  by",
         "host", "what was done", "ftd saw", "decided in", "healed in"
     );
-    rows.iter().for_each(|row| println!("{row}"));
+    for row in rows {
+        println!("{row}");
+    }
     for (_, mut follower) in watched {
         follower.kill()?;
         follower.wait()?;
@@ -153,6 +156,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     if arguments.down {
         return lab.down();
     }
+    lab.leave()?;
     println!(
         "\nThe hosts are up. Look around:\n  \
          cargo xtask hosts sh vm1                               a shell on vm1 (then: ftctl status)\n  \

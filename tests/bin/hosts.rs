@@ -38,12 +38,12 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Subcommands {
-    /// Boot hosts vm1 to vmN, with ftd installed if its package is built.
+    /// Boot hosts vm1 to vmN, with ftd installed from its package, which `cargo xtask` builds.
     Up {
         /// How many.
         #[arg(default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=99))]
         count: u8,
-        /// Without ftd, even if its package is built.
+        /// Without ftd.
         #[arg(long)]
         no_deb: bool,
         /// This file as /etc/ftd/ftd.toml on each.

@@ -75,11 +75,7 @@ impl Base {
             return Ok(Self { lowers });
         }
         let cache = Cache::open()?;
-        let deb = match std::env::var_os("FTD_DEB").filter(|deb| !deb.is_empty()) {
-            Some(deb) => Some(PathBuf::from(deb)),
-            None => newest_deb(),
-        };
-        match deb {
+        match built_deb() {
             Some(deb) => Self::with_deb(&cache, &deb),
             None => Self::bare(&cache),
         }
@@ -100,6 +96,12 @@ impl Base {
         std::env::join_paths(&self.lowers)
             .context("a path of the cache holds a colon; set FTD_CACHE to another")
     }
+}
+
+/// The package that is to be tried: that of `FTD_DEB`, else the newest one in `target/debian`.
+pub fn built_deb() -> Option<PathBuf> {
+    let named = std::env::var_os("FTD_DEB").filter(|deb| !deb.is_empty()).map(PathBuf::from);
+    named.or_else(newest_deb)
 }
 
 /// The newest package in the work tree's `target/debian`.

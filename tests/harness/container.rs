@@ -207,8 +207,15 @@ fn file_systems(spec: &Spec) -> Result<()> {
     let at = |path: &str| root.join(path);
     mounted("proc", &at("proc"), usual, None)?;
     let last_pid = at("proc/sys/kernel/ns_last_pid");
-    fs::write(&last_pid, spec.first_pid.to_string())
-        .with_context(|| format!("{} cannot be set", last_pid.display()))?;
+    fs::write(&last_pid, spec.first_pid.to_string()).with_context(|| {
+        let most = fs::read_to_string(at("proc/sys/kernel/pid_max")).unwrap_or_default();
+        format!(
+            "PIDs of {} cannot begin at {} (the machine's limit is {}). Mend: sysctl kernel.pid_max=4194304",
+            spec.name,
+            spec.first_pid,
+            most.trim()
+        )
+    })?;
     let sys = at("sys");
     mounted("sysfs", &sys, usual, None)?;
     let none = None::<&str>;

@@ -11,10 +11,10 @@
 //! kernel closes that end, and the keeper tears the lab down. Dropping a [`Lab`] does just this and waits
 //! for the keeper. Should even the keeper have been killed, the next lab that is made sweeps away those
 //! whose owner is gone. A lab made by hand (`cargo xtask hosts up`) has no owner and no keeper; it stays
-//! until `hosts down`.
+//! until `hosts down`. So does one that its owner [leaves](Lab::leave) to the person who started it.
 
 use std::fs::{self, File};
-use std::io::Read as _;
+use std::io::{Read as _, Write as _};
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitCode, Stdio};
@@ -36,12 +36,15 @@ use crate::{enter, mounts, scaled};
 const STATE: &str = "/run/ftd-lab";
 /// The owner of labs made by hand.
 const NOBODY: &str = "nobody";
+/// The owner of labs that were left for a person to look around.
+const LEFT: &str = "nobody, left after a show";
 /// The id of labs made by hand, unless another is given.
 pub const BY_HAND: &str = "lab";
 /// The client's address, on the bridge itself.
 pub const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 254);
 const PREFIX: u8 = 24;
-/// PIDs of host number N start at N times this: the third host's still lie below the usual limit of 32768.
+/// PIDs of host number N start at N times this: the third host's still lie below the usual limit of 32768;
+/// for more hosts some kernels must be told to have more, which the host's boot then says.
 const PIDS_PER_HOST: u32 = 9000;
 const TEARDOWN_LIMIT: Duration = Duration::from_secs(30);
 
@@ -122,15 +125,66 @@ impl Lab {
             "'{id}' cannot be a lab's name: use up to 20 of a-z, 0-9 and -"
         );
         sweep()?;
-        if dir_of(id).is_dir() { Self::open(id) } else { Self::create(id, base, NOBODY) }
+        if !dir_of(id).is_dir() {
+            return Self::create(id, base, NOBODY);
+        }
+        let _lock = lock()?;
+        let lab = Self::open(id)?;
+        // Whoever made it may have been ended in the middle.
+        if !lab.has_network() {
+            eprintln!("lab {id}: it has no network; making it");
+            lab.network()?;
+        }
+        Ok(lab)
     }
 
-    /// The lab made by hand that has this id.
+    /// A lab with this id that ends with this process, unless it is [left](Self::leave). One that was left
+    /// earlier makes room for it; any other lab with this id stays, and is an error.
+    pub fn for_a_show(id: &str, base: Base) -> Result<Self> {
+        sweep()?;
+        let keeper = process::with_arguments(&["keep", "--lab", id]);
+        match owner_of(id) {
+            Owner::None => {}
+            Owner::Left => {
+                eprintln!("lab {id}: it was left after an earlier show; tearing it down");
+                teardown(id)?;
+            }
+            // Its owner has just been ended, and its keeper is at work.
+            Owner::Gone => {
+                for keeper in keeper.into_iter().filter_map(|pid| Process::of(pid).ok()) {
+                    keeper.wait_end(scaled(TEARDOWN_LIMIT))?;
+                }
+            }
+            Owner::Nobody => bail!(
+                "the lab '{id}' is there, made by hand. Mend: end it with `cargo xtask hosts down` and try again"
+            ),
+            Owner::Alive(process) => {
+                bail!("the lab '{id}' belongs to process {}, which runs. Mend: let it end first", process.pid)
+            }
+        }
+        Self::create(id, base, &Process::own()?.to_string())
+    }
+
+    /// Leaves the lab to the person who started this process: it stays, like one made by hand.
+    pub fn leave(mut self) -> Result<()> {
+        let Some(mut keeper) = self.keeper.take() else { return Ok(()) };
+        let owner = self.dir().join("owner");
+        let mut leave = || -> Result<()> {
+            let new = owner.with_extension("new");
+            fs::write(&new, LEFT)?;
+            fs::rename(&new, &owner)?;
+            // Only now: a keeper that is not told so ends the lab.
+            keeper.pipe.write_all(STAY)?;
+            Ok(())
+        };
+        let left = leave().context("the lab cannot be left");
+        keeper.end().and(left)
+    }
+
+    /// The lab that has this id, made by hand or left after a show; this is no owner of it.
     pub fn open(id: &str) -> Result<Self> {
-        let dir = dir_of(id);
-        let lowers = fs::read(dir.join("base.json")).ok().and_then(|text| serde_json::from_slice(&text).ok());
-        let lowers: Vec<PathBuf> =
-            lowers.with_context(|| format!("there is no lab '{id}'; `cargo xtask hosts up` makes one"))?;
+        let lowers = lowers_of(id);
+        ensure!(!lowers.is_empty(), "there is no lab '{id}'; `cargo xtask hosts up` makes one");
         Ok(Self {
             id: id.to_owned(),
             base: Base::of(lowers),
@@ -140,7 +194,8 @@ impl Lab {
     }
 
     fn create(id: &str, base: Base, owner: &str) -> Result<Self> {
-        let lock = lock()?;
+        // Until its network is there too, so that nobody takes it for one that somebody failed to make.
+        let _lock = lock()?;
         // Built under another name: a directory with its right name always has an owner.
         let new = Path::new(STATE).join(format!(".new-{id}"));
         mounts::remove_tree(&new)?;
@@ -148,7 +203,6 @@ impl Lab {
         fs::write(new.join("owner"), owner)?;
         fs::write(new.join("base.json"), serde_json::to_vec(base.lowers())?)?;
         fs::rename(&new, dir_of(id)).with_context(|| format!("the lab '{id}' is there already"))?;
-        drop(lock);
         let keeper = if owner == NOBODY { None } else { Some(keeper(id)?) };
         // From here on an error drops the lab, and that ends it.
         let lab = Self { id: id.to_owned(), base, hierarchies: Hierarchies::find()?, keeper };
@@ -163,8 +217,19 @@ impl Lab {
         }
     }
 
+    /// Whether its network is there, which a bridge that is up is the last part of.
+    fn has_network(&self) -> bool {
+        let mut show = Command::new("ip");
+        show.args(["-n", &netns_of(&self.id), "link", "show", "dev", "br0", "up"]);
+        command::ok(&mut show).is_ok_and(|text| !text.trim().is_empty())
+    }
+
+    /// Makes its network, instead of one that is not whole.
     fn network(&self) -> Result<()> {
         let netns = netns_of(&self.id);
+        if self.netns().exists() {
+            command::ok(Command::new("ip").args(["netns", "del", &netns]))?;
+        }
         command::ok(Command::new("ip").args(["netns", "add", &netns]))?;
         let address = format!("{CLIENT}/{PREFIX}");
         for words in [
@@ -317,6 +382,9 @@ impl Drop for Lab {
 
 // === The keeper ===
 
+/// What the owner says to the keeper when the lab is to stay.
+const STAY: &[u8] = b"stay";
+
 fn keeper(id: &str) -> Result<Keeper> {
     let mut process = Command::new(helper()?)
         .args(["keep", "--lab", id])
@@ -333,7 +401,7 @@ impl Keeper {
         let Self { mut process, pipe } = self;
         drop(pipe);
         let status = process.wait()?;
-        ensure!(status.success(), "its keeper could not tear it down; see above");
+        ensure!(status.success(), "its keeper could not do its work; see above");
         Ok(())
     }
 }
@@ -341,9 +409,11 @@ impl Keeper {
 /// The keeper's whole life.
 pub fn keep(id: &str) -> Result<ExitCode> {
     nix::unistd::setsid().context("a session of its own cannot be had")?;
-    let mut nothing = [0; 64];
-    while std::io::stdin().read(&mut nothing)? > 0 {}
-    teardown(id)?;
+    let mut last_words = Vec::new();
+    std::io::stdin().read_to_end(&mut last_words)?;
+    if last_words != STAY {
+        teardown(id)?;
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -429,14 +499,18 @@ pub fn all() -> Vec<String> {
         .collect()
 }
 
-/// Tears down all labs whose owner is gone. Their keepers do so too; a moment later, or never if they were
-/// killed as well.
+/// Tears down all labs whose owner is gone, and what is left of labs that were never finished. Their keepers
+/// do so too; a moment later, or never if they were killed as well.
 pub fn sweep() -> Result<()> {
+    // Who makes a lab holds this: what looks unfinished now has been given up.
     let _lock = lock()?;
+    for entry in fs::read_dir(STATE)?.flatten() {
+        if entry.file_name().as_encoded_bytes().starts_with(b".new-") {
+            mounts::remove_tree(&entry.path())?;
+        }
+    }
     for id in all() {
-        let owner = fs::read_to_string(dir_of(&id).join("owner")).unwrap_or_default();
-        let gone = owner != NOBODY && !owner.parse::<Process>().is_ok_and(|owner| owner.alive());
-        if gone && process::with_arguments(&["keep", "--lab", &id]).is_empty() {
+        if owner_of(&id) == Owner::Gone && process::with_arguments(&["keep", "--lab", &id]).is_empty() {
             eprintln!("lab {id}: its owner is gone; tearing it down");
             teardown(&id)?;
         }
@@ -444,12 +518,46 @@ pub fn sweep() -> Result<()> {
     Ok(())
 }
 
+/// Whom a lab belongs to.
+#[derive(Debug, PartialEq, Eq)]
+enum Owner {
+    /// There is no such lab.
+    None,
+    /// A process that runs.
+    Alive(Process),
+    /// A process that has ended.
+    Gone,
+    /// Made by hand.
+    Nobody,
+    /// Its owner has left it to a person.
+    Left,
+}
+
+fn owner_of(id: &str) -> Owner {
+    if !dir_of(id).is_dir() {
+        return Owner::None;
+    }
+    match fs::read_to_string(dir_of(id).join("owner")).unwrap_or_default().as_str() {
+        NOBODY => Owner::Nobody,
+        LEFT => Owner::Left,
+        text => text.parse().ok().filter(Process::alive).map_or(Owner::Gone, Owner::Alive),
+    }
+}
+
 /// All directories that any lab stands on.
 pub(crate) fn lowers_in_use() -> Vec<PathBuf> {
-    let read = |id: &String| {
-        serde_json::from_slice::<Vec<PathBuf>>(&fs::read(dir_of(id).join("base.json")).ok()?).ok()
-    };
-    all().iter().filter_map(read).flatten().collect()
+    all().iter().flat_map(|id| lowers_of(id)).collect()
+}
+
+/// The ids of the labs that stand on something in this directory.
+pub fn standing_on(dir: &Path) -> Vec<String> {
+    let stands = |id: &String| lowers_of(id).iter().any(|lower| lower.starts_with(dir));
+    all().into_iter().filter(stands).collect()
+}
+
+fn lowers_of(id: &str) -> Vec<PathBuf> {
+    let list = fs::read(dir_of(id).join("base.json")).ok();
+    list.and_then(|list| serde_json::from_slice(&list).ok()).unwrap_or_default()
 }
 
 fn address(number: u8) -> Ipv4Addr {

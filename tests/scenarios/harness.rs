@@ -6,12 +6,13 @@
 
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::net::TcpStream;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use harness::host::State;
-use harness::{BootOptions, Cache, Host, Lab, leftovers, scaled};
+use harness::{Base, BootOptions, Cache, Host, Lab, lab, leftovers, scaled};
 
 /// Whether `from` gets nginx's page from `to` within a second.
 fn reaches(from: &Host, to: &Host) -> bool {
@@ -196,6 +197,50 @@ fn a_killed_owner_leaves_nothing_behind() {
     owner.kill().unwrap();
     owner.wait().unwrap();
     eventually("the keeper has torn the lab down", || leftovers(&id).unwrap().is_empty());
+}
+
+#[test]
+fn what_is_left_after_a_show_stays_until_the_next_one() {
+    let id = format!("show-{}", std::process::id());
+    let base = || Base::find().unwrap();
+    let lab = Lab::for_a_show(&id, base()).unwrap();
+    let error = Lab::for_a_show(&id, base()).unwrap_err().to_string();
+    assert!(error.contains("belongs to process"), "{error}");
+    lab.boot("vm1", BootOptions::default()).unwrap();
+    lab.leave().unwrap();
+    Lab::open(&id).unwrap().host("vm1").unwrap().wait_running().unwrap();
+
+    // The next makes room for itself, and leaves nothing behind when it is cut short.
+    let lab = Lab::for_a_show(&id, base()).unwrap();
+    lab.boot("vm1", BootOptions::default()).unwrap();
+    drop(lab);
+    assert_eq!(leftovers(&id).unwrap(), Vec::<String>::new());
+
+    // What was made by hand is nobody's to end.
+    drop(Lab::by_hand(&id, base()).unwrap());
+    let error = Lab::for_a_show(&id, base()).unwrap_err().to_string();
+    assert!(error.contains("hosts down"), "{error}");
+    lab::teardown(&id).unwrap();
+    assert_eq!(leftovers(&id).unwrap(), Vec::<String>::new());
+}
+
+#[test]
+fn what_was_not_finished_is_swept_away_or_mended() {
+    let id = format!("half-{}", std::process::id());
+    let unfinished = Path::new("/run/ftd-lab").join(format!(".new-{id}"));
+    std::fs::create_dir_all(unfinished.join("hosts")).unwrap();
+    let lab = Lab::by_hand(&id, Base::find().unwrap()).unwrap();
+    assert!(!unfinished.exists());
+    // As if whoever made it had been killed before the network was there.
+    assert!(Command::new("ip").args(["netns", "del", &format!("ftd-{id}")]).status().unwrap().success());
+    drop(lab);
+    let lab = Lab::by_hand(&id, Base::find().unwrap()).unwrap();
+    let host = lab.boot("vm1", BootOptions::default()).unwrap();
+    host.wait_running().unwrap();
+    let url = format!("http://{}/", host.address());
+    assert!(lab.client(["curl", "-sf", "-m", "5", "-o", "/dev/null", &url]).unwrap().success());
+    lab::teardown(&id).unwrap();
+    assert_eq!(leftovers(&id).unwrap(), Vec::<String>::new());
 }
 
 #[test]

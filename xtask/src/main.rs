@@ -14,7 +14,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, Subcommand};
-use harness::{Base, Cache, base};
+use harness::{Base, Cache};
 
 use crate::setup::Need;
 use crate::workspace::Workspace;
@@ -65,14 +65,14 @@ enum Subcommands {
     },
     /// Run all tests: units, scenarios on test hosts, and other kernels.
     #[command(
-        after_help = "Examples:\n  cargo xtask test\n  cargo xtask test --only failover\n  cargo xtask test --only kernels\n  cargo xtask test --no-hosts"
+        after_help = "Examples:\n  cargo xtask test\n  cargo xtask test --only heal\n  cargo xtask test --only a_held_unit\n  cargo xtask test --only kernels\n  cargo xtask test --no-hosts"
     )]
     Test(test::Options),
     /// Boot Debian's kernels under emulation and try ftd's eBPF programs on each.
     #[command(after_help = "Example:\n  cargo xtask kernels --only 6.1")]
     Kernels(kernels::Options),
     /// Measure ftd on test hosts.
-    #[command(disable_help_flag = true, after_help = "Example:\n  cargo xtask bench")]
+    #[command(disable_help_flag = true, after_help = "Example:\n  cargo xtask bench heal")]
     Bench {
         /// Passed on to the program `bench`.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -124,17 +124,31 @@ fn run(command: Subcommands) -> Result<()> {
 
 /// Becomes the program `hosts`, with all that it needs made ready.
 fn hosts(cache: &Cache, workspace: &Workspace, arguments: &[OsString]) -> Result<()> {
-    let is = |word: &str| arguments.iter().any(|argument| argument == word);
     let mut program = Command::new(package::binary(workspace, "hosts", false)?);
     program.args(arguments);
-    if is("up") && !is("--help") && !is("-h") {
+    let is = |word: &str| arguments.iter().any(|argument| argument == word);
+    if subcommand(arguments) == Some("up") && !is("--help") && !is("-h") {
         ensure_root()?;
         setup::need(cache, workspace, &[Need::Hosts])?;
-        if base::newest_deb().is_none() && !is("--no-deb") {
-            eprintln!("hosts: without ftd: no package is built (`cargo xtask deb` builds it)");
+        let given = ["FTD_BASE", "FTD_DEB"].into_iter().any(|name| std::env::var_os(name).is_some());
+        if !is("--no-deb") && !given {
+            program.env("FTD_DEB", package::deb(cache, workspace)?);
         }
     }
     Err(program.exec()).context("the program `hosts` cannot be run")
+}
+
+/// The subcommand in the arguments of `hosts`: the first word that is no option and no option's value.
+fn subcommand(arguments: &[OsString]) -> Option<&str> {
+    let mut words = arguments.iter().map(|word| word.to_str().unwrap_or_default());
+    while let Some(word) = words.next() {
+        match word {
+            "--lab" => drop(words.next()),
+            option if option.starts_with('-') => {}
+            word => return Some(word),
+        }
+    }
+    None
 }
 
 /// Becomes a program of package ftd-tests that works on hosts with the built package: `demo`, `bench`.
@@ -154,4 +168,22 @@ fn ensure_root() -> Result<()> {
         "test hosts are made of namespaces, mounts and cgroups, and that needs root: sudo -E env PATH=\"$PATH\" cargo xtask ..."
     );
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_subcommand_of_hosts_is_found_among_options_and_commands() {
+        let of = |line: &str| {
+            let words: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
+            subcommand(&words).map(str::to_owned)
+        };
+        assert_eq!(of("up 3").as_deref(), Some("up"));
+        assert_eq!(of("--lab two up --no-deb").as_deref(), Some("up"));
+        assert_eq!(of("--lab=up list").as_deref(), Some("list"));
+        assert_eq!(of("sh vm1 -- ip link set eth0 up").as_deref(), Some("sh"));
+        assert_eq!(of("--help"), None);
+    }
 }
