@@ -95,12 +95,22 @@ pub(crate) fn all(cache: &Cache, workspace: &Workspace) -> Result<()> {
     Ok(())
 }
 
-/// Fetches the crates of the lock file, so that later builds work offline. Cargo knows itself what is there.
+/// Fetches the crates of the lock files, so that later builds work offline. Cargo knows itself what is there.
 fn dependencies(workspace: &Workspace) -> Result<()> {
-    let offline = workspace.cargo().args(["fetch", "--quiet", "--locked", "--offline"]).output();
-    if offline.is_ok_and(|out| out.status.success()) {
-        return Ok(());
+    let mut manifests = vec!["Cargo.toml"];
+    if !bpf::object_is_given() {
+        manifests.push("agent-ebpf/Cargo.toml");
     }
-    eprintln!("setup: crates ...");
-    harness::command::show(workspace.cargo().args(["fetch", "--locked"]))
+    for manifest in manifests {
+        let fetch = || {
+            let mut fetch = workspace.cargo();
+            fetch.args(["fetch", "--locked", "--manifest-path", manifest]);
+            fetch
+        };
+        if !fetch().args(["--quiet", "--offline"]).output().is_ok_and(|out| out.status.success()) {
+            eprintln!("setup: crates of {manifest} ...");
+            harness::command::show(&mut fetch())?;
+        }
+    }
+    Ok(())
 }

@@ -1,10 +1,13 @@
 //! Packages of the system. dpkg is asked first: when all are there, nothing is called, and no root needed.
+//!
+//! The machine is somebody's: packages are added, never removed.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use harness::Cache;
 use harness::command::{self, Log};
 use harness::step::{Site, Step};
@@ -14,12 +17,26 @@ const LOCK: &str = "DPkg::Lock::Timeout=600";
 
 /// A step that installs packages.
 pub(super) fn packages(what: &str, names: &[&'static str]) -> Box<dyn Step> {
-    Box::new(Packages { name: format!("packages-{what}"), names: names.to_vec() })
+    packages_beside(what, names, &[], "")
+}
+
+/// The same, for packages that cannot be installed beside those of `rivals`: if one of these is there, it
+/// stays, and the error says why and how to go on (`mend`).
+pub(super) fn packages_beside(
+    what: &str,
+    names: &[&'static str],
+    rivals: &[&'static str],
+    mend: &'static str,
+) -> Box<dyn Step> {
+    let (names, rivals) = (names.to_vec(), rivals.to_vec());
+    Box::new(Packages { name: format!("packages-{what}"), names, rivals, mend })
 }
 
 struct Packages {
     name: String,
     names: Vec<&'static str>,
+    rivals: Vec<&'static str>,
+    mend: &'static str,
 }
 
 impl Step for Packages {
@@ -40,16 +57,30 @@ impl Step for Packages {
     }
 
     fn make(&self, site: &Site<'_>) -> Result<()> {
-        install(&missing(&self.names)?, site.log)
+        let missing = missing(&self.names)?;
+        let absent = not_installed(&status()?, &self.rivals);
+        let present: Vec<_> = self.rivals.iter().copied().filter(|name| !absent.contains(name)).collect();
+        ensure!(
+            present.is_empty(),
+            "{} cannot be installed beside {}, which setup does not remove. {}",
+            missing.join(" "),
+            present.join(" "),
+            self.mend
+        );
+        install(&missing, site.log)
     }
 }
 
 /// Those that dpkg does not have installed.
 fn missing<'a>(names: &[&'a str]) -> Result<Vec<&'a str>> {
+    Ok(not_installed(&status()?, names))
+}
+
+/// What dpkg knows of all packages.
+fn status() -> Result<String> {
     let path = "/var/lib/dpkg/status";
-    let status = fs::read_to_string(path)
-        .with_context(|| format!("{path} cannot be read: ftd is developed on Debian 12 or 13"))?;
-    Ok(not_installed(&status, names))
+    fs::read_to_string(path)
+        .with_context(|| format!("{path} cannot be read: ftd is developed on Debian 12 or 13"))
 }
 
 fn not_installed<'a>(status: &str, names: &[&'a str]) -> Vec<&'a str> {
@@ -68,9 +99,17 @@ fn not_installed<'a>(status: &str, names: &[&'a str]) -> Vec<&'a str> {
 /// Installs packages, with the package lists as they are; if that fails, with fresh ones.
 fn install(names: &[&str], log: &Log) -> Result<()> {
     let mut install = apt()?;
-    install.args(["install", "--yes", "--no-install-recommends"]).args(names);
+    install.args(["install", "--yes", "--no-install-recommends", "--no-remove"]).args(names);
     if log.run(&mut install).is_ok() {
         return Ok(());
+    }
+    // apt does nothing while what dpkg was doing when it was interrupted is half done.
+    if interrupted(Path::new("/var/lib/dpkg/updates"), &status()?) {
+        // Where a package's script asks which of two configurations to take, the one that is there stays.
+        let mut configure = as_root("dpkg")?;
+        configure.args(["--force-confdef", "--force-confold", "--configure", "-a"]);
+        log.run(&mut configure)
+            .context("dpkg was interrupted, and what it left cannot be brought to an end")?;
     }
     let mut update = apt()?;
     update.arg("update");
@@ -87,44 +126,74 @@ fn install(names: &[&str], log: &Log) -> Result<()> {
     }
 }
 
+/// Whether dpkg was ended in the middle of its work: by its own notes of what it is doing (numbered files),
+/// or by a package that is neither here nor there.
+fn interrupted(updates: &Path, status: &str) -> bool {
+    let numbered = |name: &OsStr| name.as_encoded_bytes().iter().all(u8::is_ascii_digit);
+    let notes = fs::read_dir(updates).into_iter().flatten().flatten();
+    let half = [" unpacked", " half-configured", " half-installed"];
+    notes.map(|entry| entry.file_name()).any(|name| numbered(&name))
+        || status
+            .lines()
+            .any(|line| line.starts_with("Status: ") && half.iter().any(|end| line.ends_with(end)))
+}
+
 /// apt-get as root.
 fn apt() -> Result<Command> {
+    let mut command = as_root("apt-get")?;
+    command.args(["-o", LOCK]);
+    Ok(command)
+}
+
+/// A program of Debian's packaging, as root, that asks nothing.
+fn as_root(program: &str) -> Result<Command> {
     let mut command = if nix::unistd::geteuid().is_root() {
-        Command::new("apt-get")
+        Command::new(program)
     } else if Path::new("/usr/bin/sudo").exists() {
         let mut sudo = Command::new("sudo");
         sudo.args([
             "--preserve-env=http_proxy,https_proxy,no_proxy",
             "DEBIAN_FRONTEND=noninteractive",
-            "apt-get",
+            program,
         ]);
         sudo
     } else {
         bail!("packages of the system are missing and can only be installed as root, and there is no sudo");
     };
-    command.env("DEBIAN_FRONTEND", "noninteractive").args(["-o", LOCK]);
+    command.env("DEBIAN_FRONTEND", "noninteractive");
     Ok(command)
 }
 
 /// The mirror of Debian that this machine uses (not that of security updates).
-pub(super) fn mirror() -> String {
+pub(super) fn mirror() -> Result<String> {
     let directory =
         fs::read_dir("/etc/apt/sources.list.d").into_iter().flatten().flatten().map(|entry| entry.path());
     let files = directory.chain([Path::new("/etc/apt/sources.list").to_owned()]);
     let mut texts = files.filter_map(|path| fs::read_to_string(path).ok());
-    texts.find_map(|text| mirror_in(&text)).unwrap_or_else(|| "http://deb.debian.org/debian".to_owned())
+    texts.find_map(|text| mirror_in(&text, |list| fs::read_to_string(list).ok())).context(
+        "no mirror of Debian is known: no address in /etc/apt/sources.list or sources.list.d ends in /debian. \
+         Mend: add the line `deb ADDRESS RELEASE main` with the address of a mirror",
+    )
 }
 
-/// The first address in a file of apt's sources, of either format, that looks like Debian's main archive.
-fn mirror_in(text: &str) -> Option<String> {
-    let mut words = text
+/// The first address in a file of apt's sources, of either format, that looks like Debian's main archive. It
+/// may be in a list of mirrors (`mirror+file:`), which `read` reads.
+fn mirror_in(text: &str, read: impl Fn(&str) -> Option<String>) -> Option<String> {
+    let words = text
         .lines()
         .map(str::trim)
         .filter(|line| line.starts_with("deb ") || line.starts_with("URIs:"))
         .flat_map(str::split_whitespace);
-    words
-        .find(|word| word.contains("://") && word.trim_end_matches('/').ends_with("/debian"))
-        .map(|word| word.trim_end_matches('/').to_owned())
+    let mut addresses = words.flat_map(|word| match word.strip_prefix("mirror+file:") {
+        // An address a line; what may follow it is parted from it by a tab.
+        Some(list) => {
+            let lines = read(list).unwrap_or_default();
+            lines.lines().filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect()
+        }
+        None => vec![word.to_owned()],
+    });
+    let main = |word: &String| word.contains("://") && word.trim_end_matches('/').ends_with("/debian");
+    addresses.find(main).map(|word| word.trim_end_matches('/').to_owned())
 }
 
 /// The machine's settings of how apt reaches its mirrors (proxies, certificates), as `NAME "VALUE"`.
@@ -148,12 +217,31 @@ mod tests {
     }
 
     #[test]
-    fn the_mirror_is_found_in_both_formats() {
-        let new = "Types: deb\n# http://x/debian\nURIs: http://mirror.test/debian/\nSuites: bookworm\n";
-        assert_eq!(mirror_in(new).as_deref(), Some("http://mirror.test/debian"));
-        let old = "deb [arch=amd64] https://m.test/debian bookworm main\n";
-        assert_eq!(mirror_in(old).as_deref(), Some("https://m.test/debian"));
-        assert_eq!(mirror_in("URIs: http://deb.debian.org/debian-security\n"), None);
-        assert_eq!(mirror_in("deb https://packages.test/apt sdk main"), None);
+    fn an_interrupted_dpkg_is_known_by_its_notes_and_by_half_done_packages() {
+        let dir = tempfile::tempdir().unwrap();
+        let well = "Package: a\nStatus: install ok installed\n";
+        fs::create_dir(dir.path().join("tmp.i")).unwrap();
+        assert!(!interrupted(dir.path(), well));
+        assert!(interrupted(dir.path(), "Package: a\nStatus: install ok half-configured\n"));
+        assert!(interrupted(dir.path(), "Package: a\nStatus: install ok unpacked\n"));
+        fs::write(dir.path().join("0001"), "").unwrap();
+        assert!(interrupted(dir.path(), well));
+    }
+
+    #[test]
+    fn the_mirror_is_found_in_all_formats() {
+        let found = |text: &str| mirror_in(text, |_| None);
+        let new = "Types: deb\n# http://old.example.org/debian\nURIs: http://example.org/debian/\nSuites: bookworm\n";
+        assert_eq!(found(new).as_deref(), Some("http://example.org/debian"));
+        let old = "deb [arch=amd64] https://example.org/debian bookworm main\n";
+        assert_eq!(found(old).as_deref(), Some("https://example.org/debian"));
+        assert_eq!(found("URIs: http://example.org/debian-security\n"), None);
+        assert_eq!(found("deb https://example.org/apt sdk main"), None);
+        let list = |path: &str| {
+            let mirrors = "https://example.org/debian/\tpriority:1\nhttps://far.example.org/debian\n";
+            (path == "/etc/apt/mirrors/debian.list").then(|| mirrors.to_owned())
+        };
+        let by_list = mirror_in("URIs: mirror+file:/etc/apt/mirrors/debian.list\n", list);
+        assert_eq!(by_list.as_deref(), Some("https://example.org/debian"));
     }
 }

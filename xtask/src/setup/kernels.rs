@@ -52,7 +52,7 @@ impl Step for Kernels {
 fn fetch(version: &str, release: &str, scratch: &Path, site: &Site<'_>) -> Result<()> {
     let sources = scratch.join("sources.list");
     let keyring = "/usr/share/keyrings/debian-archive-keyring.gpg";
-    fs::write(&sources, format!("deb [arch=amd64 signed-by={keyring}] {} {release} main\n", apt::mirror()))?;
+    fs::write(&sources, format!("deb [arch=amd64 signed-by={keyring}] {} {release} main\n", apt::mirror()?))?;
     let options = [
         format!("Dir::State::Lists={}", scratch.join("lists").display()),
         format!("Dir::Cache={}", scratch.display()),

@@ -1,10 +1,11 @@
 //! The root file system of test hosts: Debian 13, from the mirror that this machine uses.
 
+use std::path::Path;
 use std::process::Command;
 
-use anyhow::Result;
-use harness::Cache;
+use anyhow::{Result, ensure};
 use harness::step::{Site, Step};
+use harness::{Cache, lab};
 
 use super::apt;
 
@@ -61,6 +62,8 @@ impl Step for RootFs {
     }
 
     fn make(&self, site: &Site<'_>) -> Result<()> {
+        let output = site.cache.path("rootfs");
+        unused(&output)?;
         let root = site.dir.join("root");
         let mut make = Command::new("mmdebstrap");
         make.args(["--variant=minbase", "--mode=root", "--components=main"])
@@ -82,9 +85,23 @@ impl Step for RootFs {
         {
             make.arg(format!("--customize-hook={hook}"));
         }
-        make.arg(SUITE).arg(&root).arg(apt::mirror());
+        make.arg(SUITE).arg(&root).arg(apt::mirror()?);
         // A personal TMPDIR may not be one that packages' scripts may write to.
         make.env("TMPDIR", "/tmp");
-        site.log.run(&mut make)
+        site.log.run(&mut make)?;
+        // That took half a minute, in which a lab may have been made.
+        unused(&output)
     }
+}
+
+/// A lab's hosts have this very tree mounted: it is not taken away from under them.
+fn unused(output: &Path) -> Result<()> {
+    let labs = lab::standing_on(output);
+    ensure!(
+        labs.is_empty(),
+        "test hosts are to get a new root file system, but on the present one stand the labs {}. Mend: let their \
+         tests end; end those made by hand with `cargo xtask hosts --lab NAME down`",
+        labs.join(", ")
+    );
+    Ok(())
 }
