@@ -38,8 +38,7 @@ const INVENTORY: &str = "
 ";
 
 fn deb() -> PathBuf {
-    let named = std::env::var_os("FTD_DEB").filter(|deb| !deb.is_empty()).map(PathBuf::from);
-    named.or_else(base::newest_deb).expect("there is no package; `cargo xtask deb` builds it")
+    base::built_deb().expect("there is no package; `cargo xtask deb` builds it")
 }
 
 /// The same package with a higher version.
@@ -89,6 +88,35 @@ fn state(host: &Host) -> String {
     format!("{} {}", active.trim(), enabled.trim())
 }
 
+/// What ftd, or systemd about it, has said that is a warning or worse.
+fn warnings(host: &Host) -> String {
+    host.ok(["journalctl", "--sync"]).unwrap();
+    // 1, silently: nothing.
+    let said =
+        host.run(["journalctl", "--unit=ftd", "--priority=warning", "--output=cat", "--quiet"]).unwrap();
+    assert!(said.stderr.is_empty(), "{said:?}");
+    said.stdout
+}
+
+/// How much systemd finds ftd's sandbox to leave open, from 0 to 10.
+fn exposure(host: &Host) -> String {
+    let text = host.sh("systemd-analyze security --no-pager ftd.service").unwrap();
+    figure(&text, "Overall exposure level for ftd.service: ")
+}
+
+/// The same, as docs/security.md has it.
+fn documented_exposure() -> String {
+    figure(include_str!("../../docs/security.md"), "**exposure level ")
+}
+
+/// The number that follows these words.
+fn figure(text: &str, words: &str) -> String {
+    let rest = text.split_once(words).unwrap_or_else(|| panic!("no \"{words}\" in:\n{text}")).1;
+    let number = rest.chars().take_while(|c| c.is_ascii_digit() || *c == '.').collect::<String>();
+    assert!(!number.is_empty(), "no number after \"{words}\": {rest}");
+    number
+}
+
 fn eventually(what: &str, check: impl Fn() -> bool) {
     let end = Instant::now() + scaled(Duration::from_mins(1));
     while !check() {
@@ -131,8 +159,17 @@ fn services_do_not_notice_the_package() {
     host.ok(["ftctl", "status"]).unwrap();
     let doctor = host.sh("ftctl doctor").unwrap();
     assert!(doctor.contains("eBPF programs are attached"), "{doctor}");
-    assert_eq!(host.sh("journalctl --unit ftd --priority warning --output cat --quiet").unwrap(), "");
+    assert_eq!(warnings(&host), "");
+    assert_eq!(exposure(&host), documented_exposure());
     assert_eq!(services(&host), pids);
+
+    // And it would say something bad at that level: a group that is not there, a configuration that is wrong.
+    host.write("/etc/ftd/ftd.toml", "[api]\ngroup = \"nobodys\"\n").unwrap();
+    host.sh("systemctl restart ftd").unwrap();
+    eventually("a warning is in the journal as one", || warnings(&host).contains("nobodys"));
+    host.write("/etc/ftd/ftd.toml", "[heal]\nrestart = 3\n").unwrap();
+    assert!(!host.run(["systemctl", "restart", "ftd"]).unwrap().success());
+    eventually("an error is in the journal as one", || warnings(&host).contains("did you mean \"restarts\""));
 
     // In its sandbox it heals, and breaks.
     host.write("/etc/ftd/ftd.toml", CONFIG).unwrap();
@@ -172,6 +209,43 @@ fn services_do_not_notice_the_package() {
     install(&host, &newer(&first, dir.path(), "9.1-1"));
     assert_eq!(state(&host), "inactive disabled");
     host.sh("systemctl enable --quiet --now ftd").unwrap();
+
+    // So does one that is stopped, whether the upgrade comes about or not; one that dpkg has stopped for a
+    // removal that then does not come about goes on.
+    let script = |words: &str| {
+        host.sh(&format!("DPKG_MAINTSCRIPT_PACKAGE=ftd /var/lib/dpkg/info/ftd.{words}")).unwrap();
+    };
+    host.sh("systemctl stop ftd").unwrap();
+    install(&host, &newer(&first, dir.path(), "9.2-1"));
+    script("postinst abort-upgrade 9.3-1");
+    script("prerm remove");
+    script("postinst abort-remove");
+    assert_eq!(state(&host), "inactive enabled");
+    host.sh("systemctl start ftd").unwrap();
+    script("prerm remove");
+    assert_eq!(state(&host), "inactive enabled");
+    script("postinst abort-remove");
+    assert_eq!(state(&host), "active enabled");
+
+    // An upgrade to one that refuses the configuration leaves the old one at work, and says so.
+    let ftd = main_pid(&host, "ftd");
+    host.write("/etc/ftd/ftd.toml", format!("{CONFIG}[nonsense]\n")).unwrap();
+    host.write("/root/ftd.deb", std::fs::read(newer(&first, dir.path(), "9.3-1")).unwrap()).unwrap();
+    let upgraded = host.run(["dpkg", "--install", "/root/ftd.deb"]).unwrap();
+    host.sh("rm /root/ftd.deb").unwrap();
+    assert!(upgraded.success(), "{upgraded:?}");
+    let words = &upgraded.stderr;
+    assert!(words.contains("nonsense") && words.contains("systemctl restart ftd"), "{words}");
+    assert_eq!((state(&host).as_str(), main_pid(&host, "ftd")), ("active enabled", ftd));
+    host.write("/etc/ftd/ftd.toml", CONFIG).unwrap();
+
+    // Removed and installed again: it runs again.
+    host.ok(["dpkg", "--remove", "ftd"]).unwrap();
+    assert_eq!(services(&host), pids);
+    install(&host, &newer(&first, dir.path(), "9.4-1"));
+    assert_eq!(state(&host), "active enabled");
+    assert_eq!(services(&host), pids);
+    assert_eq!(host.sh("find /run -maxdepth 1 -name 'ftd-*'").unwrap(), "", "no note of dpkg's work is left");
 
     // Removed in the middle of a fault: what was injected is undone, the state is kept.
     eventually("both are up again", || host.run(["ftctl", "status"]).unwrap().success());

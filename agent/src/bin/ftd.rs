@@ -1,12 +1,18 @@
 //! ftd, the daemon: see `ftd::daemon`.
 
-use std::{io, path::PathBuf, process::ExitCode};
+use std::{io, os::fd::AsFd as _, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 use ftd::{config, daemon, inject::balloon, probe::selftest};
-use tracing_subscriber::{EnvFilter, fmt};
+use nix::sys::stat::fstat;
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::{
+    EnvFilter, fmt,
+    fmt::{FmtContext, FormatEvent, FormatFields, format::Writer},
+    registry::LookupSpan,
+};
 
-/// EX_CONFIG of sysexits.h: systemd does not restart ftd for it, see ftd.service.
+/// `EX_CONFIG` of sysexits.h: systemd does not restart ftd for it, see ftd.service.
 const BAD_CONFIGURATION: u8 = 78;
 
 /// The fault-tolerance agent: watches services of this host through eBPF, heals them through systemd.
@@ -47,7 +53,7 @@ fn main() -> ExitCode {
             let config = match config::Config::load(&arguments.config) {
                 Ok(config) => config,
                 Err(error) => {
-                    eprintln!("ftd: {error}");
+                    complain(&format!("ftd: {error}"));
                     return ExitCode::from(BAD_CONFIGURATION);
                 }
             };
@@ -58,7 +64,7 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("ftd: {error:#}");
+            complain(&format!("ftd: {error:#}"));
             ExitCode::FAILURE
         }
     }
@@ -70,13 +76,100 @@ fn probe_test() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The journal adds the time itself.
+/// The journal adds the time itself, and is told of levels by prefixes, so that `journalctl -p` works.
 fn log_to_stderr(filter: &str) {
     let filter = EnvFilter::try_new(filter).unwrap_or_else(|error| {
-        eprintln!("ftd: --log {filter}: {error}; logging at info");
+        complain(&format!("ftd: --log {filter}: {error}; logging at info"));
         EnvFilter::new("info")
     });
-    let in_journal = std::env::var_os("JOURNAL_STREAM").is_some();
     let log = fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false).with_target(false);
-    if in_journal { log.without_time().init() } else { log.init() }
+    if in_journal() { log.without_time().map_event_format(Prefixed).init() } else { log.init() }
+}
+
+/// Whether standard error leads to systemd's journal. `JOURNAL_STREAM` alone does not say so: children whose
+/// output goes elsewhere inherit it. See systemd.exec(5).
+fn in_journal() -> bool {
+    let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
+    fstat(io::stderr().as_fd()).is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
+}
+
+/// An error before, or in place of, logging: each line of it is one of the journal's.
+fn complain(text: &str) {
+    let prefix = if in_journal() { prefix(Level::ERROR) } else { "" };
+    for line in text.lines() {
+        eprintln!("{prefix}{line}");
+    }
+}
+
+/// A level as sd-daemon(3) has it.
+fn prefix(level: Level) -> &'static str {
+    match level {
+        Level::ERROR => "<3>",
+        Level::WARN => "<4>",
+        Level::INFO => "<6>",
+        _ => "<7>",
+    }
+}
+
+/// Lines of another format, each with its level in front.
+struct Prefixed<F>(F);
+
+impl<S, N, F> FormatEvent<S, N> for Prefixed<F>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+    F: FormatEvent<S, N>,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> std::fmt::Result {
+        let prefix = prefix(*event.metadata().level());
+        let mut text = String::new();
+        self.0.format_event(context, Writer::new(&mut text), event)?;
+        text.lines().try_for_each(|line| writeln!(writer, "{prefix}{line}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    /// What is logged, in memory.
+    #[derive(Clone, Default)]
+    struct Memory(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Memory {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn every_line_for_the_journal_begins_with_its_level() {
+        let memory = Memory::default();
+        let writer = memory.clone();
+        let log = fmt().with_max_level(Level::TRACE).with_writer(move || writer.clone());
+        let log = log.with_ansi(false).with_target(false).without_time().map_event_format(Prefixed);
+        tracing::subscriber::with_default(log.finish(), || {
+            tracing::error!("bad\nand worse");
+            tracing::warn!(cause = "x", "odd");
+            tracing::info!("well");
+            tracing::debug!("small");
+        });
+        let text = String::from_utf8(memory.0.lock().unwrap().clone()).unwrap();
+        let lines: Vec<_> = text.lines().collect();
+        let words = [("<3>", "bad"), ("<3>", "and worse"), ("<4>", "odd"), ("<6>", "well"), ("<7>", "small")];
+        assert_eq!(lines.len(), words.len(), "{text}");
+        for (line, (level, word)) in lines.iter().zip(words) {
+            assert!(line.starts_with(level) && line.contains(word), "{text}");
+        }
+    }
 }
