@@ -6,12 +6,13 @@
 //! port, the checks' results alone to the second, so that no kernel message can cut a line of them.
 //!
 //! Results are lines `ok NAME`, `skip NAME: why`, `FAIL NAME: why`, and at the end `vm-init: exit CODE`. A
-//! kernel passes if the last line is there with code 0, at least one check was made, none failed, and none was
-//! skipped but those of [`MAY_SKIP`].
+//! kernel passes if the last line is there with code 0, at least one check was made, none failed, none was
+//! skipped but those of [`MAY_SKIP`], and the emulator ended in good order.
 
 mod initramfs;
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -66,6 +67,18 @@ pub(crate) fn run(cache: &Cache, workspace: &Workspace, options: &Options) -> Re
         .map_err(|(_, errno)| errno)
         .with_context(|| format!("{} cannot be locked", scratch.display()))?;
 
+    for (version, _) in KERNELS {
+        for path in outputs(&scratch, version) {
+            // What an earlier run left would be taken for this one's, however early this one fails.
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(error).with_context(|| format!("{} cannot be removed", path.display()));
+                }
+                _ => {}
+            }
+        }
+    }
+
     let chosen =
         KERNELS.iter().filter(|(version, _)| options.only.as_deref().is_none_or(|only| only == *version));
     let mut machines = Vec::new();
@@ -101,6 +114,11 @@ pub(crate) fn run(cache: &Cache, workspace: &Workspace, options: &Options) -> Re
     Ok(())
 }
 
+/// What the kernel and everybody's errors are written to, and what the checks' results are.
+fn outputs(scratch: &Path, version: &str) -> [PathBuf; 2] {
+    ["console", "results"].map(|what| scratch.join(format!("{version}.{what}")))
+}
+
 /// A kernel under emulation. Killed when dropped.
 struct Machine {
     version: &'static str,
@@ -119,12 +137,7 @@ impl Machine {
         scratch: &Path,
         initramfs: &Path,
     ) -> Result<Self> {
-        let (console, results) =
-            (scratch.join(format!("{version}.console")), scratch.join(format!("{version}.results")));
-        for path in [&console, &results] {
-            // What an earlier run left would be taken for this one's.
-            fs::write(path, "").with_context(|| format!("{} cannot be written", path.display()))?;
-        }
+        let [console, results] = outputs(scratch, version);
         let kernel = cache.path(format!("kernels/vmlinuz-{version}"));
         ensure!(kernel.is_file(), "{} is not there; remove the directory and run it again", kernel.display());
         let mut qemu = Command::new("qemu-system-x86_64");
@@ -139,14 +152,15 @@ impl Machine {
             .args(["-append", "console=ttyS0 quiet panic=-1"])
             .stdin(Stdio::null());
         let limit = scaled(LIMIT).as_secs().to_string();
-        // timeout(1) ends it even if this process has gone.
-        let mut timed = Command::new("timeout");
+        // timeout(1) ends it after its time, in the foreground so that Ctrl-C reaches both; setpriv(1) has
+        // the kernel end them when this process ends in any way.
+        let mut timed = Command::new("setpriv");
         timed
-            .args(["--kill-after=5", &limit])
+            .args(["--pdeathsig", "TERM", "timeout", "--foreground", "--kill-after=5", &limit])
             .arg(qemu.get_program())
             .args(qemu.get_args())
             .stdin(Stdio::null());
-        let emulator = timed.spawn().context("timeout, of coreutils, cannot be started")?;
+        let emulator = timed.spawn().context("setpriv, of util-linux, cannot be started")?;
         Ok(Self { version, suite, emulator, start: Instant::now(), console, results })
     }
 
@@ -154,7 +168,10 @@ impl Machine {
     fn verdict(&mut self) -> Result<String> {
         let status = self.emulator.wait()?;
         let results = fs::read(&self.results).unwrap_or_default();
-        let verdict = judge(self.version, &String::from_utf8_lossy(&results));
+        let verdict = judge(self.version, &String::from_utf8_lossy(&results)).and_then(|summary| {
+            ensure!(status.success(), "its checks passed, but it did not end in good order ({summary})");
+            Ok(summary)
+        });
         verdict.with_context(|| {
             let console = fs::read(&self.console).unwrap_or_default();
             let ended = match status.code() {
