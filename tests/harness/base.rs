@@ -105,7 +105,7 @@ pub fn built_deb() -> Option<PathBuf> {
 }
 
 /// The newest package in the work tree's `target/debian`.
-pub fn newest_deb() -> Option<PathBuf> {
+fn newest_deb() -> Option<PathBuf> {
     let tree = Path::new(env!("CARGO_MANIFEST_DIR")).parent()?;
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| tree.join("target"), PathBuf::from);
     let debs = fs::read_dir(target.join("debian")).ok()?.flatten().map(|entry| entry.path());

@@ -13,6 +13,13 @@ use serde_json::Value;
 
 use crate::{Host, scaled};
 
+/// All events in the journal of the ftd that runs on `host`, oldest first.
+pub fn all(host: &Host) -> Result<Vec<Value>> {
+    let text = host.ok(["ftctl", "events", "--json", "--last", "1000000"])?;
+    let event = |line| serde_json::from_str(line).with_context(|| format!("an event is no JSON: {line}"));
+    text.lines().map(event).collect()
+}
+
 /// A host's events from the moment of [`Events::follow`] on.
 #[derive(Debug)]
 pub struct Events {

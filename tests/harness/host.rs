@@ -358,6 +358,33 @@ impl Host {
         command.spawn().with_context(|| format!("no command can be started in {}", self.spec.name))
     }
 
+    /// How often systemd has started the unit since the host was made: an entry of its own in the journal each
+    /// time.
+    pub fn starts(&self, unit: &str) -> Result<usize> {
+        // "A start job has finished", with its result; see systemd.journal-fields(7).
+        let finished = self.entries("39f53479d3a045ac8e11786248231fbf", unit)?;
+        Ok(finished.lines().filter(|line| line.contains("\"done\"")).count())
+    }
+
+    /// How often systemd has begun to start the unit, whatever became of it.
+    pub fn attempts(&self, unit: &str) -> Result<usize> {
+        self.entries("7d4958e842da4a758f6c1cdc7b36dcc5", unit).map(|begun| begun.lines().count())
+    }
+
+    /// systemd's entries in the host's journal with this `MESSAGE_ID` about this unit, as JSON, one a line.
+    fn entries(&self, message: &str, unit: &str) -> Result<String> {
+        // What has been said must be in it before anything is counted.
+        self.ok(["journalctl", "--sync"])?;
+        let (message, about) = (format!("MESSAGE_ID={message}"), format!("UNIT={unit}"));
+        let fields = "--output-fields=JOB_RESULT";
+        let found = self.run(["journalctl", "--quiet", "--output=json", fields, &message, &about])?;
+        // 1, silently: there is no such entry.
+        if found.status.code() == Some(1) && found.stdout.is_empty() && found.stderr.is_empty() {
+            return Ok(String::new());
+        }
+        found.ok()
+    }
+
     /// Opens a file of the host, following its links within the host.
     fn open(&self, path: &Path, flags: OFlag) -> Result<File> {
         let root = File::open(self.root()?)?;

@@ -25,10 +25,10 @@
 //!
 //! The parts, each using only parts below it:
 //! ```text
-//! lab  host  events  doctor what a test or a person handles
-//! base  container  enter    file systems of hosts / a host's way up / a command's way in
-//! cgroup  mounts  process   the kernel's files
-//! step  cache  command      preparing things once, and saying what went wrong
+//! lab  host  events  own  doctor    what a test or a person handles
+//! base  container  enter            file systems of hosts / a host's way up / a command's way in
+//! cgroup  mounts  process           the kernel's files
+//! step  cache  command              preparing things once, and saying what went wrong
 //! ```
 
 pub mod base;
@@ -42,6 +42,7 @@ pub mod events;
 pub mod host;
 pub mod lab;
 pub mod mounts;
+pub mod own;
 pub mod process;
 pub mod step;
 

@@ -6,7 +6,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that panics names its line")]
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use harness::{BootOptions, Events, Host, Lab};
 use serde_json::Value;
@@ -27,8 +27,20 @@ fn kill_nginx(host: &Host) {
 }
 
 fn all_events(host: &Host) -> Vec<Value> {
-    let text = host.ok(["ftctl", "events", "--json", "--last", "10000"]).unwrap();
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    harness::events::all(host).unwrap()
+}
+
+/// The first of all events that `wanted` likes, when it has come: it may have come before anybody could follow.
+fn said(host: &Host, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+    let end = Instant::now() + harness::scaled(LIMIT);
+    loop {
+        let all = all_events(host);
+        if let Some(event) = all.iter().find(|event| wanted(event)) {
+            return event.clone();
+        }
+        assert!(Instant::now() < end, "{what} was not said: {all:#?}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 #[test]
@@ -56,6 +68,7 @@ fn nonsense_in_the_configuration_is_explained_and_ftd_does_not_start_over_and_ov
     host.write("/etc/ftd/ftd.toml", CONFIG).unwrap();
     host.ok(["systemctl", "reset-failed", "ftd"]).unwrap();
     host.ok(["systemctl", "start", "ftd"]).unwrap();
+    Events::follow(&host).unwrap().until_proven(&host, 1).unwrap();
     assert!(host.run(["ftctl", "status"]).unwrap().success());
 }
 
@@ -67,18 +80,12 @@ fn units_that_are_missing_masked_or_broken_are_said_and_taken_up_when_mended() {
     host.sh("systemctl mask masked && systemctl daemon-reload").unwrap();
     host.ok(["systemctl", "restart", "ftd"]).unwrap();
     let mut events = Events::follow(&host).unwrap();
-    let events_now = || all_events(&host);
     let problem = |unit: &str, word: &str| {
-        let end = std::time::Instant::now() + harness::scaled(LIMIT);
-        loop {
-            let all = events_now();
-            let said = |e: &&Value| e["event"] == "unit_problem" && e["unit"] == unit;
-            if all.iter().filter(said).any(|e| e["problem"].as_str().unwrap().contains(word)) {
-                return;
-            }
-            assert!(std::time::Instant::now() < end, "{unit}: {word}: {all:#?}");
-            std::thread::sleep(Duration::from_millis(50));
-        }
+        said(&host, &format!("{unit}: {word}"), |event| {
+            event["event"] == "unit_problem"
+                && event["unit"] == unit
+                && event["problem"].as_str().unwrap().contains(word)
+        });
     };
     problem("ghost.service", "no such unit");
     problem("masked.service", "masked");
@@ -100,8 +107,7 @@ fn a_health_check_that_never_succeeded_restarts_nothing() {
     let (_lab, host) = boot(&format!("{CONFIG}{check}"));
     let before = host.ok(["systemctl", "show", "-P", "MainPID", NGINX]).unwrap();
     host.ok(["systemctl", "restart", "ftd"]).unwrap();
-    let mut events = Events::follow(&host).unwrap();
-    let failed = events.wait_for("health_failed", NGINX).unwrap();
+    let failed = said(&host, "health_failed", |e| e["event"] == "health_failed" && e["unit"] == NGINX);
     assert_eq!(failed["proven"], false);
     assert!(host.ok(["ftctl", "doctor"]).unwrap().contains("has never succeeded"));
     assert_eq!(host.ok(["systemctl", "show", "-P", "MainPID", NGINX]).unwrap(), before);
@@ -204,6 +210,7 @@ fn requests_that_make_no_sense_are_refused_with_a_mend() {
     refused(&["ftctl", "dance"], 2, "unrecognized subcommand");
     // Who is not in the group may not even look.
     refused(&["setpriv", "--reuid=33", "--clear-groups", "ftctl", "status"], 3, "member of the group ftd");
+    Events::follow(&host).unwrap().until_proven(&host, 1).unwrap();
     let member =
         ["sh", "-c", "setpriv --reuid=33 --regid=33 --groups $(getent group ftd | cut -d: -f3) ftctl status"];
     assert!(host.run(member).unwrap().success());
@@ -212,6 +219,12 @@ fn requests_that_make_no_sense_are_refused_with_a_mend() {
 #[test]
 fn the_status_on_tcp_only_reads() {
     let (_lab, host) = boot(&format!("[status]\nlisten = \"127.0.0.1:7480\"\n{CONFIG}"));
+    Events::follow(&host).unwrap().until_proven(&host, 1).unwrap();
+    // Nothing tells when the port is open.
+    host.sh(
+        "curl -sf -o /dev/null --retry 20 --retry-delay 1 --retry-connrefused http://127.0.0.1:7480/healthz",
+    )
+    .unwrap();
     let curl = |words: &str| {
         host.run(["sh", "-c", &format!("curl -s -o /dev/null -w '%{{http_code}}' {words}")]).unwrap().stdout
     };

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use harness::{BootOptions, Events, Host, Lab};
+use harness::{BootOptions, Events, Host, Lab, own};
 use serde_json::Value;
 
 const NGINX: &str = "nginx.service";
@@ -61,13 +61,6 @@ fn serves(host: &Host, port: u16) -> bool {
     host.run(["curl", "-sf", "-m", "2", "-o", "/dev/null", &url]).unwrap().success()
 }
 
-/// How often systemd has started the unit since the host was booted: one journal entry each.
-fn starts(host: &Host, unit: &str) -> usize {
-    let entries =
-        host.ok(["journalctl", "-o", "cat", "-u", unit, "-g", "^Started|^Finished"]).unwrap_or_default();
-    entries.lines().count()
-}
-
 /// The events of one operation.
 fn operation(events: &mut Events, op: &Value) -> Vec<Value> {
     events.seen().iter().filter(|event| &event["op"] == op).cloned().collect()
@@ -76,7 +69,7 @@ fn operation(events: &mut Events, op: &Value) -> Vec<Value> {
 #[test]
 fn killed_by_somebody_who_is_named_and_back_at_once() {
     let (_lab, host, mut events) = lab(CONFIG);
-    let before = (main_pid(&host, NGINX), starts(&host, NGINX));
+    let before = (main_pid(&host, NGINX), host.starts(NGINX).unwrap());
     host.ok(["bash", "-c", &format!("kill -9 {}", before.0)]).unwrap();
     let healed = events.wait_for("healed", NGINX).unwrap();
     assert_eq!((&healed["by"], &healed["main_pid"]), (&"ftd".into(), &main_pid(&host, NGINX).into()));
@@ -88,21 +81,19 @@ fn killed_by_somebody_who_is_named_and_back_at_once() {
     assert_eq!((&died["main"], &died["sender"]["comm"]), (&true.into(), &"bash".into()), "{died}");
     assert_eq!(operation[0]["cause"], "killed");
     assert!(serves(&host, 80));
-    assert_eq!(starts(&host, NGINX), before.1 + 1, "healed once, not twice");
+    assert_eq!(host.starts(NGINX).unwrap(), before.1 + 1, "healed once, not twice");
 }
 
 #[test]
 fn an_exit_code_a_crash_and_a_clean_exit_are_told_apart_and_healed() {
-    // A service of our own that ends as it is told to.
     let (_lab, host, mut events) = lab(&format!("{CONFIG}[[workload]]\nname = \"own\"\nunits = [\"own\"]\n"));
-    let script = "trap 'exit 3' USR1; trap 'exit 0' USR2; while :; do sleep 1000 & wait; done";
-    let unit = format!("[Service]\nExecStart=/bin/bash -c \"{script}\"\n");
-    host.write("/etc/systemd/system/own.service", unit).unwrap();
-    host.sh("systemctl daemon-reload && systemctl start own").unwrap();
-    events.until(&host, LIMIT, |status| status["units"][2]["phase"] == "up").unwrap();
-    for (signal, cause, code) in
-        [("USR1", "exit_code", Some(3)), ("USR2", "exited", Some(0)), ("SEGV", "killed", None)]
-    {
+    own::start(&host, None).unwrap();
+    events.until_proven(&host, 3).unwrap();
+    for (signal, cause, code) in [
+        (own::exit_signal(3), "exit_code", Some(3)),
+        (own::exit_signal(0), "exited", Some(0)),
+        (11, "killed", None),
+    ] {
         host.sh(&format!("kill -{signal} {}", main_pid(&host, "own"))).unwrap();
         let down = events.wait_for("down", "own.service").unwrap();
         assert_eq!(down["cause"], cause, "{down}");
@@ -113,6 +104,29 @@ fn an_exit_code_a_crash_and_a_clean_exit_are_told_apart_and_healed() {
             events.seen().iter().rev().find(|e| e["event"] == "process_died" && e["main"] == true).unwrap();
         assert_eq!(died["status"]["code"].as_u64(), code, "{died}");
     }
+}
+
+#[test]
+fn a_clean_exit_is_respected_where_that_is_configured_and_an_exit_code_is_not() {
+    let own = "[[workload]]\nname = \"own\"\nunits = [\"own\"]\non_exit = \"respect\"\n";
+    let (_lab, host, mut events) = lab(&format!("{CONFIG}{own}"));
+    own::start(&host, None).unwrap();
+    events.until_proven(&host, 3).unwrap();
+    let end =
+        |code| host.sh(&format!("kill -{} {}", own::exit_signal(code), main_pid(&host, "own"))).unwrap();
+    end(0);
+    let left = events.wait_for("left", own::UNIT).unwrap();
+    assert!(left["why"].as_str().unwrap().contains("on_exit"), "{left}");
+    assert_eq!(status(&host)["units"][2]["phase"], "left");
+    host.ok(["systemctl", "start", "own"]).unwrap();
+    events.wait_for("started", own::UNIT).unwrap();
+    let starts = host.starts(own::UNIT).unwrap();
+    let decided = |e: &Value| e["event"] == "decided" && e["unit"] == own::UNIT;
+    assert!(!events.seen().iter().any(decided), "ftd had no part in it: {:?}", events.seen());
+    end(3);
+    assert_eq!(events.wait_for("down", own::UNIT).unwrap()["cause"], "exit_code");
+    events.wait_for("healed", own::UNIT).unwrap();
+    assert_eq!(host.starts(own::UNIT).unwrap(), starts + 1);
 }
 
 #[test]
@@ -145,6 +159,42 @@ fn a_service_that_does_not_answer_is_restarted() {
 }
 
 #[test]
+fn a_service_that_takes_no_connections_is_restarted() {
+    let own = "[[workload]]\nname = \"own\"\nunits = [\"own\"]\nhealth = \"tcp://127.0.0.1:7777\"\n\
+               health_every = \"100ms\"\nhealth_failures = 2\nhealth_grace = \"100ms\"\n";
+    let (_lab, host, mut events) = lab(&format!("{CONFIG}{own}"));
+    own::start(&host, Some(7777)).unwrap();
+    events.until_proven(&host, 3).unwrap();
+    let connect = ["bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/7777"];
+    host.ok(connect).unwrap();
+    let before = main_pid(&host, "own");
+    host.sh(&format!("kill -USR1 {before}")).unwrap();
+    assert_eq!(events.wait_for("down", own::UNIT).unwrap()["cause"], "hung");
+    let failed = events.wait_for("health_failed", own::UNIT).unwrap();
+    assert_eq!(
+        (&failed["check"], &failed["failures"]),
+        (&"tcp://127.0.0.1:7777".into(), &2.into()),
+        "{failed}"
+    );
+    let healed = events.wait_for("healed", own::UNIT).unwrap();
+    assert_eq!((&healed["by"], &healed["main_pid"]), (&"ftd".into(), &main_pid(&host, "own").into()));
+    assert_ne!(main_pid(&host, "own"), before);
+    host.ok(connect).unwrap();
+}
+
+#[test]
+fn a_service_that_a_command_finds_hung_is_restarted() {
+    let command = "exec:/usr/bin/curl -sf -m 1 -o /dev/null http://127.0.0.1/";
+    let config = CONFIG.replace("health = \"http://127.0.0.1/\"", &format!("health = \"{command}\""));
+    let (_lab, host, mut events) = lab(&config);
+    host.ok(["ftctl", "inject", "hang", "nginx", "--for", "1min"]).unwrap();
+    assert_eq!(events.wait_for("down", NGINX).unwrap()["cause"], "hung");
+    assert_eq!(events.wait_for("health_failed", NGINX).unwrap()["check"], command);
+    assert_eq!(events.wait_for("healed", NGINX).unwrap()["by"], "ftd");
+    assert!(serves(&host, 80));
+}
+
+#[test]
 fn a_frozen_service_is_restarted_and_pid_1_does_not_hang_on_it() {
     let (_lab, host, mut events) = lab(CONFIG);
     host.sh("echo 1 > /sys/fs/cgroup/system.slice/nginx.service/cgroup.freeze").unwrap();
@@ -156,16 +206,23 @@ fn a_frozen_service_is_restarted_and_pid_1_does_not_hang_on_it() {
 #[test]
 fn a_dead_worker_is_recorded_and_the_service_not_restarted() {
     let (_lab, host, mut events) = lab(CONFIG);
-    let (main, started) = (main_pid(&host, NGINX), starts(&host, NGINX));
+    let (main, started) = (main_pid(&host, NGINX), host.starts(NGINX).unwrap());
     let worker: u64 = host.sh(&format!("pgrep -P {main} | head -n 1")).unwrap().trim().parse().unwrap();
     host.sh(&format!("kill -9 {worker}")).unwrap();
     let died = events.wait_for("process_died", NGINX).unwrap();
     assert_eq!((&died["pid"], &died["main"]), (&worker.into(), &false.into()));
-    // A later event of the same unit proves that nothing was decided in between.
-    host.ok(["ftctl", "hold", "nginx"]).unwrap();
-    events.wait_for("held", NGINX).unwrap();
-    assert!(!events.seen().iter().any(|event| event["event"] == "decided"), "{:?}", events.seen());
-    assert_eq!((main_pid(&host, NGINX), starts(&host, NGINX)), (main, started));
+    let unit = &status(&host)["units"][0];
+    assert_eq!((&unit["phase"], &unit["outage"]), (&"up".into(), &Value::Null), "{unit}");
+    assert_eq!((main_pid(&host, NGINX), host.starts(NGINX).unwrap()), (main, started));
+    // Then the main process, for which something is decided: it is the first thing that is.
+    host.sh(&format!("kill -9 {main}")).unwrap();
+    let healed = events.wait_for("healed", NGINX).unwrap();
+    let nginx = |event: &&Value| event["unit"] == NGINX;
+    let acts = |event: &&Value| matches!(event["event"].as_str(), Some("down" | "decided"));
+    let acts: Vec<_> = events.seen().iter().filter(nginx).filter(acts).collect();
+    assert_eq!(acts.len(), 2, "{acts:#?}");
+    assert!(acts.iter().all(|event| event["op"] == healed["op"]), "{acts:#?}");
+    assert_eq!(host.starts(NGINX).unwrap(), started + 1);
 }
 
 #[test]
@@ -188,26 +245,26 @@ fn a_stop_is_respected_or_undone_as_configured() {
 #[test]
 fn a_restart_and_a_reload_by_hand_are_nobody_elses_business() {
     let (_lab, host, mut events) = lab(CONFIG);
-    let started = starts(&host, NGINX);
+    let started = host.starts(NGINX).unwrap();
     host.ok(["systemctl", "restart", "nginx"]).unwrap();
     host.ok(["systemctl", "reload", "nginx"]).unwrap();
     host.ok(["ftctl", "hold", "nginx"]).unwrap();
     events.wait_for("held", NGINX).unwrap();
     let acted = events.seen().iter().any(|event| matches!(event["event"].as_str(), Some("down" | "decided")));
     assert!(!acted, "{:?}", events.seen());
-    assert_eq!(starts(&host, NGINX), started + 1);
+    assert_eq!(host.starts(NGINX).unwrap(), started + 1);
 }
 
 #[test]
 fn what_systemd_restarts_by_itself_is_not_restarted_twice() {
     let (_lab, host, mut events) = lab(CONFIG);
     // Debian's apache2 has Restart=on-abort.
-    let started = starts(&host, APACHE);
+    let started = host.starts(APACHE).unwrap();
     host.sh(&format!("kill -9 {}", main_pid(&host, APACHE))).unwrap();
     let decided = events.wait_for("decided", APACHE).unwrap();
     assert_eq!(decided["action"], "leave_to_systemd");
     assert_eq!(events.wait_for("healed", APACHE).unwrap()["by"], "systemd");
-    assert_eq!(starts(&host, APACHE), started + 1);
+    assert_eq!(host.starts(APACHE).unwrap(), started + 1);
 
     // And when systemd gives up at its own limit, ftd goes on.
     let drop_in =
@@ -228,6 +285,7 @@ fn what_systemd_restarts_by_itself_is_not_restarted_twice() {
 fn a_crash_loop_backs_off_ends_in_failed_and_waits_for_a_person() {
     let (_lab, host, mut events) = lab(CONFIG);
     host.sh("cp /etc/nginx/nginx.conf /root/ && echo nonsense >> /etc/nginx/nginx.conf").unwrap();
+    let (started, attempts) = (host.starts(NGINX).unwrap(), host.attempts(NGINX).unwrap());
     host.sh(&format!("kill -9 {}", main_pid(&host, NGINX))).unwrap();
     let failed = events.wait_for("failed", NGINX).unwrap();
     assert_eq!(failed["attempts"], 6);
@@ -242,9 +300,15 @@ fn a_crash_loop_backs_off_ends_in_failed_and_waits_for_a_person() {
     let mut events = Events::follow(&host).unwrap();
     events.until(&host, LIMIT, |status| status["units"][0]["phase"] == "failed").unwrap();
     host.sh("mv /root/nginx.conf /etc/nginx/nginx.conf").unwrap();
+    // It would come up now. This ftd heals, and not that one.
+    host.sh(&format!("kill -9 {}", main_pid(&host, APACHE))).unwrap();
+    events.wait_for("healed", APACHE).unwrap();
+    assert_eq!(status(&host)["units"][0]["phase"], "failed");
+    assert_eq!((host.starts(NGINX).unwrap(), host.attempts(NGINX).unwrap()), (started, attempts + 6));
     host.ok(["ftctl", "release", "nginx"]).unwrap();
     events.wait_for("healed", NGINX).unwrap();
     assert!(serves(&host, 80));
+    assert_eq!((host.starts(NGINX).unwrap(), host.attempts(NGINX).unwrap()), (started + 1, attempts + 7));
 }
 
 #[test]
@@ -319,9 +383,11 @@ fn a_fault_does_not_outlive_the_ftd_that_injected_it() {
     let mut events = follow_again(&host);
     events.until(&host, LIMIT, |status| status["faults"].as_array().unwrap().is_empty()).unwrap();
     assert!(serves(&host, 80), "it goes on, never having been restarted");
-    let all = host.ok(["ftctl", "events", "--json", "--last", "100"]).unwrap();
-    let undone = all.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-    let undone: Vec<_> = undone.filter(|e| e["event"] == "fault_undone" && e["id"] == id).collect();
+    let undone: Vec<_> = harness::events::all(&host)
+        .unwrap()
+        .into_iter()
+        .filter(|e| e["event"] == "fault_undone" && e["id"] == id)
+        .collect();
     assert_eq!(undone.len(), 1);
     assert_eq!(undone[0]["why"], "ftd started again");
 }
