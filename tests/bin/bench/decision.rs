@@ -60,7 +60,7 @@ pub(crate) fn measure(site: &Site, rounds: u32) -> Result<Decisions> {
             if event.unit.as_deref() != Some("nginx.service") || event.op.is_none() {
                 continue;
             }
-            match (event.event.as_str(), event.after_us) {
+            match (event.kind.as_str(), event.after_us) {
                 ("decided", Some(after_us)) => {
                     decisions += 1;
                     first.get_or_insert((after_us, clock::from_wall(event.time)));

@@ -7,6 +7,7 @@
 //! given and what it counts as lost must make up the whole, to the last event.
 
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
@@ -53,7 +54,7 @@ fn flood(site: &Site, processes: u32, threads: u32, stopped: bool) -> Result<Flo
     let before = site.status()?.probe;
     if stopped {
         ftd.signal(Signal::SIGSTOP)?;
-        eventually("ftd is stopped", || Ok(all_threads_stopped(ftd.proc("task"))?.then_some(())))?;
+        eventually("ftd is stopped", || Ok(all_threads_stopped(&ftd.proc("task"))?.then_some(())))?;
     }
     let done = load.run(&format!("exits {processes} {threads}"));
     if stopped {
@@ -81,8 +82,8 @@ fn flood(site: &Site, processes: u32, threads: u32, stopped: bool) -> Result<Flo
     })
 }
 
-fn all_threads_stopped(tasks: std::path::PathBuf) -> Result<bool> {
-    for task in fs::read_dir(&tasks).with_context(|| format!("{}", tasks.display()))? {
+fn all_threads_stopped(tasks: &Path) -> Result<bool> {
+    for task in fs::read_dir(tasks).with_context(|| format!("{}", tasks.display()))? {
         let stat = fs::read_to_string(task?.path().join("stat"))?;
         if stat.rsplit_once(") ").is_none_or(|(_, rest)| !rest.starts_with('T')) {
             return Ok(false);

@@ -7,6 +7,7 @@
 //! already. The floor is not to be had by anybody who heals: the dead must be buried first.
 
 use std::collections::HashMap;
+use std::fmt::Write as _;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -87,7 +88,8 @@ pub(crate) struct Heals {
 #[derive(Serialize)]
 struct Round {
     way: Way,
-    round: u32,
+    #[serde(rename = "round")]
+    number: u32,
     /// From the kill, or the request to start, to the first answer with status 200.
     answer_ms: f64,
     /// What happened on the way, in milliseconds after its beginning.
@@ -157,7 +159,7 @@ fn one(site: &Site, way: Way, round: u32) -> Result<Round> {
         stages.extend(ftd_stages(site, began)?);
     }
     stages.sort_by(|a, b| a.1.total_cmp(&b.1));
-    Ok(Round { way, round, answer_ms: clock::ms(began, answer.at), stages })
+    Ok(Round { way, number: round, answer_ms: clock::ms(began, answer.at), stages })
 }
 
 /// What systemd says of when it did what.
@@ -184,7 +186,7 @@ fn ftd_stages(site: &Site, began: u64) -> Result<Vec<(String, f64)>> {
     let mut decisions = 0;
     let mut stages = Vec::new();
     for event in events.iter().filter(|event| event.op == op) {
-        let stage = match event.event.as_str() {
+        let stage = match event.kind.as_str() {
             "decided" => {
                 decisions += 1;
                 if decisions == 1 { "ftd: decided".to_owned() } else { format!("ftd: decided, {decisions}.") }
@@ -241,7 +243,7 @@ impl Measured for Heals {
                 format!("{stage} {at:.1}{some}")
             });
             let stages: Vec<_> = stages.chain([format!("answer {:.1}", median(&self.of(way)))]).collect();
-            text += &format!("- {}: {}\n", way.name(), stages.join(", "));
+            let _ = writeln!(text, "- {}: {}", way.name(), stages.join(", "));
         }
         text
     }

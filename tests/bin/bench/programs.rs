@@ -41,11 +41,11 @@ pub(crate) fn measure(site: &Site) -> Result<Programs> {
     let task = format!("spawns {SPAWNS}");
     let mut programs = Vec::new();
     for (load, program) in [("outside of the units", &mut outside), ("in a unit under care", &mut inside)] {
-        let before = account(&ours)?;
+        let before = account(&ours);
         program.run(&task)?;
-        for (id, (name, runs, time)) in account(&ours)? {
+        for (id, (name, runs, time)) in account(&ours) {
             let (runs_before, time_before) = before.get(&id).map_or((0, Duration::ZERO), |p| (p.1, p.2));
-            let nanoseconds = u64::try_from((time - time_before).as_nanos())?;
+            let nanoseconds = u64::try_from(time.saturating_sub(time_before).as_nanos())?;
             programs.push(Program { load, name, runs: runs - runs_before, nanoseconds });
         }
     }
@@ -70,20 +70,17 @@ fn ids(site: &Site) -> Result<HashSet<u32>> {
 
 type Account = HashMap<u32, (String, u64, Duration)>;
 
-fn account(ours: &HashSet<u32>) -> Result<Account> {
+fn account(ours: &HashSet<u32>) -> Account {
     let mut account = Account::new();
     for program in loaded_programs() {
-        let program = match program {
-            Ok(program) => program,
-            // One that was unloaded while we looked is not ours.
-            Err(_) => continue,
-        };
+        // One that was unloaded while we looked is not ours.
+        let Ok(program) = program else { continue };
         if ours.contains(&program.id()) {
             let name = program.name_as_str().unwrap_or("?").to_owned();
             account.insert(program.id(), (name, program.run_count(), program.run_time()));
         }
     }
-    Ok(account)
+    account
 }
 
 impl Measured for Programs {

@@ -95,7 +95,8 @@ pub(crate) struct Event {
     pub(crate) time: jiff::Timestamp,
     pub(crate) unit: Option<String>,
     pub(crate) op: Option<u64>,
-    pub(crate) event: String,
+    #[serde(rename = "event")]
+    pub(crate) kind: String,
     pub(crate) after_us: Option<u64>,
     pub(crate) main_pid: Option<u32>,
     pub(crate) error: Option<String>,
@@ -243,12 +244,12 @@ impl Member {
     }
 
     /// Sends it a signal.
-    pub(crate) fn signal(&self, signal: Signal) -> Result<()> {
+    pub(crate) fn signal(self, signal: Signal) -> Result<()> {
         kill(self.outer, signal).with_context(|| format!("process {} cannot be sent {signal}", self.outer))
     }
 
     /// A file of it in `/proc`.
-    pub(crate) fn proc(&self, name: &str) -> PathBuf {
+    pub(crate) fn proc(self, name: &str) -> PathBuf {
         Path::new("/proc").join(self.outer.to_string()).join(name)
     }
 }

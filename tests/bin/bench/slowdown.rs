@@ -41,9 +41,9 @@ pub(crate) fn measure(site: &Site, pairs: u32) -> Result<Slowdown> {
     let task = format!("spawns {SPAWNS}");
     let mut slices = |with: bool| -> Result<[Done; 2]> {
         if with {
-            site.start_ftd().map(drop)?
+            site.start_ftd()?;
         } else {
-            site.stop_ftd()?
+            site.stop_ftd()?;
         }
         Ok([outside.run(&task)?, inside.run(&task)?])
     };

@@ -47,6 +47,7 @@ impl Random {
 }
 
 #[cfg(test)]
+#[allow(clippy::float_cmp, reason = "values of the sample come out as they went in")]
 mod tests {
     use super::*;
 
