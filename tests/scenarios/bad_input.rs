@@ -93,6 +93,13 @@ fn units_that_are_missing_masked_or_broken_are_said_and_taken_up_when_mended() {
     let doctor = host.run(["ftctl", "doctor"]).unwrap();
     assert_eq!(doctor.status.code(), Some(4), "{}", doctor.stdout);
 
+    // To look for what is not there costs next to nothing: once systemd's announcements of such looks were
+    // followed by looks, for ever, which took a whole CPU.
+    let ticks =
+        "awk '{ n += $14 + $15 } END { print n }' /proc/1/stat /proc/$(systemctl show -P MainPID ftd)/stat";
+    let used = host.sh(&format!("a=$({ticks}); sleep 1; b=$({ticks}); echo $((b - a))")).unwrap();
+    assert!(used.trim().parse::<u32>().unwrap() < 30, "{used} hundredths of a second of CPU in one second");
+
     // Mended: it is under care from then on.
     host.write("/etc/systemd/system/ghost.service", "[Service]\nExecStart=/bin/sleep infinity\n").unwrap();
     host.sh("systemctl daemon-reload && systemctl start ghost").unwrap();

@@ -171,7 +171,9 @@ impl Systemd {
                     let body = message.body();
                     let (id, new): (String, OwnedObjectPath) = body.deserialize()?;
                     let ours = book.index_of(new.as_str()).or_else(|| book.index_of_name(units, &id));
-                    if let Some(index) = ours {
+                    if let Some(index) = ours
+                        && is_loaded(&connection, &id).await?
+                    {
                         book.look_up(&connection, index, &units[index]).await?;
                         book.report(index, sink);
                     }
@@ -297,6 +299,16 @@ impl Jobs {
         }
         self.waiting.insert(job.clone(), waiting);
         None
+    }
+}
+
+/// Whether systemd holds a unit in memory; asking does not change that. To look a unit up that does not exist
+/// makes systemd announce it, and forget it again; were it looked up for that announcement, it would never end.
+async fn is_loaded(connection: &Connection, id: &str) -> zbus::Result<bool> {
+    match call(connection, PATH, MANAGER, "GetUnit", &(id,)).await {
+        Ok(_) => Ok(true),
+        Err(zbus::Error::MethodError(..)) => Ok(false),
+        Err(error) => Err(error),
     }
 }
 
