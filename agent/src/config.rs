@@ -92,11 +92,16 @@ pub struct Status {
 pub struct Journal {
     /// All segments together never exceed this. At least 1 MiB.
     pub max_size: ByteSize,
+    /// How many events wait in memory while the disk refuses them; then the oldest are lost, and counted.
+    pub backlog: usize,
+    /// How long a refused write waits before it is tried again.
+    #[serde(with = "humantime_serde")]
+    pub retry: Duration,
 }
 
 impl Default for Journal {
     fn default() -> Self {
-        Self { max_size: ByteSize::mib(64) }
+        Self { max_size: ByteSize::mib(64), backlog: 100_000, retry: Duration::from_secs(1) }
     }
 }
 
@@ -448,6 +453,20 @@ impl Config {
                 key(&["journal", "max_size"]),
                 format!("journal.max_size is {}: too small to keep a useful history", self.journal.max_size),
                 "use at least \"1MiB\"".into(),
+            );
+        }
+        if !(1000..=10_000_000).contains(&self.journal.backlog) {
+            say(
+                key(&["journal", "backlog"]),
+                format!("journal.backlog is {}: it must be from 1000 to 10000000", self.journal.backlog),
+                "leave it out for its default, 100000".into(),
+            );
+        }
+        if self.journal.retry.is_zero() {
+            say(
+                key(&["journal", "retry"]),
+                "journal.retry is zero: a full disk would be tried without pause".into(),
+                "leave it out for its default, 1s".into(),
             );
         }
         let ring = self.probe.ring.as_u64();

@@ -8,7 +8,10 @@ use std::{
     collections::BTreeMap,
     fs,
     path::Path,
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -19,11 +22,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::{
     config::Config,
     control::{App, server},
-    event::{
-        Kind,
-        bus::Bus,
-        journal::{Journal, Writer},
-    },
+    event::{Kind, bus::Bus, journal::Writer},
     heal::{
         driver, health,
         saved::{self, Store},
@@ -68,26 +67,19 @@ async fn serve(config: Config) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
 
     // Events: from here on everything is told.
-    let journal = Journal::open(&state_dir.join("journal"), config.journal.max_size.as_u64());
-    let next_seq = journal.as_ref().map_or(0, |(_, opened)| opened.next_seq);
-    let (bus, queue) = Bus::new(config.node_name(), next_seq);
-    let writer = match journal {
-        Ok((journal, opened)) => {
-            if let Some((file, bytes)) = opened.repaired {
-                let file = file.display().to_string();
-                bus.emit(None, None, Kind::JournalRepaired { file, bytes });
-            }
-            let told: Weak<Bus> = Arc::downgrade(&bus);
-            let thread = std::thread::Builder::new().name("ftd-journal".into());
-            Some(thread.spawn(move || Writer::new(journal).run(&queue, &told)).context("journal thread")?)
-        }
-        Err(error) => {
-            let cause = format!("{}: {error}", state_dir.join("journal").display());
-            tracing::error!(cause, "there is no journal; events are kept in memory only");
-            bus.emit(None, None, Kind::JournalBlocked { cause });
-            None
-        }
-    };
+    let (writer, start) = Writer::open(&state_dir.join("journal"), &config.journal);
+    let (bus, queue) = Bus::new(config.node_name(), start.opened.next_seq);
+    if let Some(kind) = start.opened.mended() {
+        bus.emit(None, None, kind);
+    }
+    if let Some(kind) = start.blocked {
+        tracing::error!(?kind, "there is no journal yet; events wait in memory");
+        bus.emit(None, None, kind);
+    }
+    let written = writer.written();
+    let told: Weak<Bus> = Arc::downgrade(&bus);
+    let thread = std::thread::Builder::new().name("ftd-journal".into());
+    let writer = thread.spawn(move || writer.run(&queue, &told)).context("journal thread")?;
 
     // Decisions.
     let store = Arc::new(Store::new(&state_dir));
@@ -183,17 +175,18 @@ async fn serve(config: Config) -> Result<()> {
     }
     bus.emit(None, None, Kind::AgentStopped {});
     drop(app);
-    finish(bus, writer).await;
+    finish(bus, writer, &written).await;
     Ok(())
 }
 
-/// Waits until the journal has all events, when everyone else has let go of the bus; not for long.
-async fn finish(bus: Arc<Bus>, writer: Option<std::thread::JoinHandle<()>>) {
-    let Some(writer) = writer else { return };
+/// Waits until the journal has all events; not for long. Says how many it has not.
+async fn finish(bus: Arc<Bus>, writer: std::thread::JoinHandle<()>, written: &AtomicU64) {
     bus.close();
     let joined = tokio::task::spawn_blocking(move || writer.join());
-    if tokio::time::timeout(PATIENCE, joined).await.is_err() {
-        tracing::error!("the journal does not take the last events");
+    let late = tokio::time::timeout(PATIENCE, joined).await.is_err();
+    let events = bus.next_seq().saturating_sub(written.load(Ordering::Relaxed));
+    if late || events > 0 {
+        tracing::error!(events, late, "the journal has not taken the last events: they are lost");
     }
 }
 
@@ -229,7 +222,7 @@ fn take_report(supervisor: &Supervisor, bus: &Bus, source: &Source, report: Repo
         }
         Report::Lost(cause) => {
             tracing::warn!(cause, "systemd cannot be reached");
-            bus.emit(None, None, Kind::BusLost { cause });
+            bus.emit(None, None, Kind::bus_lost(cause));
             supervisor.on_bus_lost();
         }
         Report::Back(away) => {

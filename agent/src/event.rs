@@ -79,7 +79,8 @@ pub enum Kind {
     },
     /// Events were lost at some place; never silently.
     EventsDropped {
-        /// Where: `ring` (kernel to ftd), `journal` (memory to disk), `elsewhere` (rate limit).
+        /// Where: `ring` (kernel to ftd), `journal` (memory to disk), `elsewhere` (rate limit),
+        /// `damaged in the journal` and `this follower` (told to who reads, numbered 0, not recorded).
         place: String,
         /// How many since the last such event.
         count: u64,
@@ -88,6 +89,9 @@ pub enum Kind {
     BusLost {
         /// Why.
         cause: String,
+        /// What a person can do.
+        #[serde(default)]
+        mend: String,
     },
     /// systemd answers again.
     BusBack {
@@ -98,6 +102,9 @@ pub enum Kind {
     JournalBlocked {
         /// Why, with the file.
         cause: String,
+        /// What a person can do.
+        #[serde(default)]
+        mend: String,
     },
     /// The journal is written again.
     JournalBack {
@@ -277,6 +284,15 @@ pub enum Kind {
         /// What went wrong.
         error: String,
     },
+}
+
+impl Kind {
+    /// systemd cannot be reached for this cause.
+    pub fn bus_lost(cause: String) -> Self {
+        let mend = "ftd tries again by itself; if it does not end, see that PID 1 is systemd and answers: \
+                    systemctl is-system-running";
+        Self::BusLost { cause, mend: mend.into() }
+    }
 }
 
 /// Why a service does not serve.

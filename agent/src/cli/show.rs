@@ -225,6 +225,11 @@ fn who(process: &Process) -> String {
     format!("{} (pid {}, uid {})", process.comm, process.pid, process.uid)
 }
 
+/// The mend below the event; events of an older ftd have none.
+fn mend_line(mend: &str) -> String {
+    if mend.is_empty() { String::new() } else { format!("\n      mend: {mend}") }
+}
+
 /// An event in one line, and the colour of its mood.
 fn describe(kind: &Kind) -> (String, Option<Colour>) {
     use Colour::{Green, Grey, Red, Yellow};
@@ -240,9 +245,13 @@ fn describe(kind: &Kind) -> (String, Option<Colour>) {
         }
         Kind::ProbeUnavailable { cause } => (format!("no eBPF: {cause}"), Some(Yellow)),
         Kind::EventsDropped { place, count } => (format!("{count} events lost ({place})"), Some(Yellow)),
-        Kind::BusLost { cause } => (format!("systemd cannot be reached: {cause}"), Some(Red)),
+        Kind::BusLost { cause, mend } => {
+            (format!("systemd cannot be reached: {cause}{}", mend_line(mend)), Some(Red))
+        }
         Kind::BusBack { away_ms } => (format!("systemd answers again after {}", took(*away_ms)), Some(Green)),
-        Kind::JournalBlocked { cause } => (format!("the journal cannot be written: {cause}"), Some(Red)),
+        Kind::JournalBlocked { cause, mend } => {
+            (format!("the journal cannot be written: {cause}{}", mend_line(mend)), Some(Red))
+        }
         Kind::JournalBack { late, lost } => {
             (format!("the journal is written again: {late} late, {lost} lost"), Some(Green))
         }

@@ -89,6 +89,13 @@ fn all_that_is_wrong_is_said_at_once() {
 }
 
 #[test]
+fn limits_that_would_stop_the_journal_are_refused() {
+    let text = errors("[journal]\nretry = \"0s\"\nbacklog = 5\n");
+    assert!(text.contains("ftd.toml:2:1: journal.retry is zero"), "{text}");
+    assert!(text.contains("ftd.toml:3:1: journal.backlog is 5"), "{text}");
+}
+
+#[test]
 fn checks_are_read_and_refused_with_a_reason() {
     assert_eq!(Check::parse("http://[::1]/x").unwrap().to_string(), "http://[::1]:80/x");
     assert_eq!(Check::parse("tcp://db:5432").unwrap(), Check::Tcp("db:5432".into()));

@@ -1,7 +1,6 @@
 //! The API's server side.
 
 use std::{
-    convert::Infallible,
     fs, io,
     net::SocketAddr,
     os::unix::fs::{FileTypeExt as _, PermissionsExt as _},
@@ -21,7 +20,10 @@ use futures_util::{StreamExt as _, stream};
 use nix::unistd::{Group, chown};
 use tokio::{
     net::{TcpListener, UnixListener},
-    sync::broadcast::{Receiver, error::RecvError},
+    sync::{
+        Semaphore,
+        broadcast::{Receiver, error::RecvError},
+    },
 };
 
 use super::{App, EventsQuery, Hold, Recover, Refusal, Release, doctor};
@@ -214,52 +216,99 @@ async fn events(State(app): State<Arc<App>>, Query(query): Query<EventsQuery>) -
     let (recent, follower) = app.bus.recent_and_follow();
     let oldest = recent.first().map(|event| event.seq);
     let wanted = journal::Query { since: query.since, unit, before: None };
-    let on_disk = journal::Query { before: oldest, ..wanted.clone() };
-    let dir = app.config.node.state_dir.join("journal");
-    let read = tokio::task::spawn_blocking(move || journal::read(&dir, &on_disk)).await;
-    let mut past: Vec<Arc<Event>> = match read {
-        Ok(Ok((events, _))) => events.into_iter().map(Arc::new).collect(),
-        Ok(Err(error)) => return Err(refuse(error, "check the disk under the state directory")),
-        Err(error) => return Err(refuse(error, "see the log: journalctl -u ftd")),
+    let mut recent: Vec<_> = recent.into_iter().filter(|event| wanted.wants(event)).collect();
+    let on_disk = match query.last {
+        Some(last) => {
+            recent.drain(..recent.len().saturating_sub(last));
+            Some((last - recent.len()) as u64)
+        }
+        None => None,
     };
-    past.extend(recent.into_iter().filter(|event| wanted.wants(event)));
-    if let Some(last) = query.last {
-        past.drain(..past.len().saturating_sub(last));
-    }
-    let past = stream::iter(past).map(|event| line(&event));
+    let node = app.bus.node().to_owned();
+    let past = if on_disk == Some(0) || oldest == Some(0) {
+        None
+    } else {
+        let dir = app.config.node.state_dir.join("journal");
+        let before = journal::Query { before: oldest, ..wanted.clone() };
+        let open = move || match on_disk {
+            Some(count) => journal::Reader::last(&dir, before, count),
+            None => journal::Reader::new(&dir, before),
+        };
+        let reader = on_the_disk(open).await;
+        let reader = reader.map_err(|error| refuse(error, "check the disk under the state directory"))?;
+        Some(from_disk(reader, node.clone()))
+    };
+    let past = stream::iter(past).flatten();
+    let past = past.chain(stream::iter(recent).map(|event| Ok(line(&event))));
     let body = if query.follow {
-        Body::from_stream(past.chain(live(follower, wanted)))
+        Body::from_stream(past.chain(live(follower, wanted, node)))
     } else {
         Body::from_stream(past)
     };
     Ok(([(CONTENT_TYPE, "application/x-ndjson")], body).into_response())
 }
 
-fn line(event: &Event) -> Result<Bytes, Infallible> {
+/// So many requests may be at the journal's files at a time; the others wait for their turn.
+static DISK: Semaphore = Semaphore::const_new(2);
+
+/// Does something on the disk, on a thread where it may take its time.
+async fn on_the_disk<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    let _turn = DISK.acquire().await.map_err(io::Error::other)?;
+    tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
+}
+
+/// What the journal's files hold, as fast as the client takes it; at the end, how many of the lines were
+/// damaged.
+fn from_disk(
+    reader: journal::Reader,
+    node: String,
+) -> impl futures_util::Stream<Item = io::Result<Bytes>> + Send {
+    stream::unfold(Some((reader, node)), |state| async {
+        let (mut reader, node) = state?;
+        let step = on_the_disk(move || Ok((reader.step()?, reader))).await;
+        match step {
+            Ok((Some(lines), reader)) => Some((Ok(lines.into()), Some((reader, node)))),
+            Ok((None, reader)) if reader.damaged() > 0 => {
+                Some((Ok(dropped(node, "damaged in the journal", reader.damaged())), None))
+            }
+            Ok((None, _)) => None,
+            Err(error) => {
+                tracing::error!(%error, "the journal cannot be read");
+                Some((Err(error), None))
+            }
+        }
+    })
+}
+
+/// Tells one reader what is missing from his stream. No event of the node: it has number 0.
+fn dropped(node: String, place: &str, count: u64) -> Bytes {
+    let kind = Kind::EventsDropped { place: place.into(), count };
+    line(&Event { seq: 0, time: jiff::Timestamp::now(), node, unit: None, op: None, kind })
+}
+
+fn line(event: &Event) -> Bytes {
     let mut line = serde_json::to_vec(event).unwrap_or_default();
     line.push(b'\n');
-    Ok(line.into())
+    line.into()
 }
 
 /// What happens from now on; a follower that is too slow is told how many he missed.
 fn live(
     follower: Receiver<Arc<Event>>,
     wanted: journal::Query,
-) -> impl futures_util::Stream<Item = Result<Bytes, Infallible>> {
-    stream::unfold((follower, wanted), |(mut follower, wanted)| async move {
+    node: String,
+) -> impl futures_util::Stream<Item = io::Result<Bytes>> + Send {
+    stream::unfold((follower, wanted, node), |(mut follower, wanted, node)| async move {
         loop {
-            match follower.recv().await {
-                Ok(event) if wanted.wants(&event) => return Some((line(&event), (follower, wanted))),
-                Ok(_) => {}
-                Err(RecvError::Lagged(count)) => {
-                    let kind = Kind::EventsDropped { place: "this follower".into(), count };
-                    let node = String::new();
-                    let missed =
-                        Event { seq: 0, time: jiff::Timestamp::now(), node, unit: None, op: None, kind };
-                    return Some((line(&missed), (follower, wanted)));
-                }
+            let line = match follower.recv().await {
+                Ok(event) if wanted.wants(&event) => line(&event),
+                Ok(_) => continue,
+                Err(RecvError::Lagged(count)) => dropped(node.clone(), "this follower", count),
                 Err(RecvError::Closed) => return None,
-            }
+            };
+            return Some((Ok(line), (follower, wanted, node)));
         }
     })
 }

@@ -38,6 +38,8 @@ struct State {
     /// `None` when the bus is closed.
     journal: Option<SyncSender<Arc<Event>>>,
     unwritten: u64,
+    /// Why the journal cannot be written, while it cannot.
+    blocked: Option<String>,
 }
 
 impl Bus {
@@ -45,8 +47,8 @@ impl Bus {
     /// journal is to be written.
     pub fn new(node: String, next_seq: u64) -> (Arc<Self>, Receiver<Arc<Event>>) {
         let (journal, queue) = sync_channel(QUEUE);
-        let state =
-            State { next_seq, recent: VecDeque::with_capacity(RECENT), journal: Some(journal), unwritten: 0 };
+        let recent = VecDeque::with_capacity(RECENT);
+        let state = State { next_seq, recent, journal: Some(journal), unwritten: 0, blocked: None };
         let live = broadcast::Sender::new(FOLLOW);
         (Arc::new(Self { node, state: Mutex::new(state), live }), queue)
     }
@@ -80,6 +82,16 @@ impl Bus {
         seq
     }
 
+    /// The number of the next event.
+    pub fn next_seq(&self) -> u64 {
+        self.state().next_seq
+    }
+
+    /// Why the journal cannot be written, by the last event that told of it.
+    pub fn journal_blocked(&self) -> Option<String> {
+        self.state().blocked.clone()
+    }
+
     /// Follows the stream from now on.
     pub fn follow(&self) -> broadcast::Receiver<Arc<Event>> {
         self.live.subscribe()
@@ -110,6 +122,11 @@ impl State {
         op: Option<OpId>,
         kind: Kind,
     ) -> bool {
+        match &kind {
+            Kind::JournalBlocked { cause, .. } => self.blocked = Some(cause.clone()),
+            Kind::JournalBack { .. } => self.blocked = None,
+            _ => {}
+        }
         let event = Arc::new(Event {
             seq: self.next_seq,
             time: jiff::Timestamp::now(),
