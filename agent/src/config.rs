@@ -79,11 +79,23 @@ impl Default for Api {
 }
 
 /// `[status]`
-#[derive(Debug, Clone, Default, Deserialize, Serialize)]
+#[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Status {
     /// Address for `/healthz` and the status as JSON, for reading only; off when absent.
     pub listen: Option<SocketAddr>,
+    /// At most so many connections at a time; more wait until one ends.
+    pub max_connections: usize,
+    /// A connection on which no request comes, or whose client takes nothing of the answer, ends after
+    /// this long.
+    #[serde(with = "humantime_serde")]
+    pub idle: Duration,
+}
+
+impl Default for Status {
+    fn default() -> Self {
+        Self { listen: None, max_connections: 64, idle: Duration::from_secs(10) }
+    }
 }
 
 /// `[journal]`
@@ -453,6 +465,22 @@ impl Config {
                 key(&["journal", "max_size"]),
                 format!("journal.max_size is {}: too small to keep a useful history", self.journal.max_size),
                 "use at least \"1MiB\"".into(),
+            );
+        }
+        // ftd.service allows 8192 open files, and all else that ftd does needs some.
+        if !(1..=4096).contains(&self.status.max_connections) {
+            say(
+                key(&["status", "max_connections"]),
+                format!("status.max_connections is {}: it must be from 1 to 4096", self.status.max_connections),
+                "leave it out for its default, 64; to have no status on TCP, leave out status.listen".into(),
+            );
+        }
+        if !(Duration::from_millis(100)..=Duration::from_secs(3600)).contains(&self.status.idle) {
+            let idle = humantime::format_duration(self.status.idle);
+            say(
+                key(&["status", "idle"]),
+                format!("status.idle is {idle}: it must be from 100ms to 1h"),
+                "leave it out for its default, 10s".into(),
             );
         }
         if !(1000..=10_000_000).contains(&self.journal.backlog) {

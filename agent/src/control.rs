@@ -57,6 +57,9 @@ pub struct Status {
     pub started: jiff::Timestamp,
     /// Whether systemd can be reached.
     pub systemd: bool,
+    /// Why the journal cannot be written, while it cannot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub journal: Option<String>,
     /// Where deaths are learned from.
     pub probe: ProbeStatus,
     /// Units under care.
@@ -150,6 +153,7 @@ impl App {
             pid: std::process::id(),
             started: self.started,
             systemd: self.systemd.connected(),
+            journal: self.bus.journal_blocked(),
             probe: self.source.status(),
             units: self.supervisor.status(),
             faults: self.faults.list(),
@@ -166,10 +170,15 @@ impl Status {
         if !self.systemd {
             troubles.push("systemd cannot be reached".to_owned());
         }
+        if let Some(cause) = &self.journal {
+            troubles.push(format!("the journal cannot be written: {cause}"));
+        }
         for unit in self.units.iter().filter(|unit| unit.held.is_none()) {
             if !matches!(unit.phase, Phase::Up | Phase::Left) {
                 let phase = format!("{:?}", unit.phase).to_lowercase();
                 troubles.push(format!("{} is {phase} ({})", unit.unit, unit.active_state));
+            } else if let (Phase::Up, Some(cause)) = (unit.phase, unit.outage) {
+                troubles.push(format!("{} is up and does not serve ({cause:?})", unit.unit));
             }
         }
         troubles
@@ -179,4 +188,36 @@ impl Status {
 /// Milliseconds of a duration, for the API.
 pub fn millis(duration: Duration) -> u64 {
     duration.as_millis().try_into().unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn status(unit: &serde_json::Value, journal: Option<&str>) -> Status {
+        let mut all = json!({
+            "unit": "a.service", "workload": "w", "phase": "up", "phase_s": 1, "active_state": "active",
+            "sub_state": "running", "load_state": "loaded", "main_pid": 7, "attempts": 0,
+            "attempts_max": 5, "outages": 0, "deaths": 0, "forks": 0,
+        });
+        all.as_object_mut().unwrap().extend(unit.as_object().unwrap().clone());
+        serde_json::from_value(json!({
+            "node": "n", "version": "1", "pid": 1, "started": "2026-01-01T00:00:00Z", "systemd": true,
+            "journal": journal, "probe": ProbeStatus::default(), "units": [all], "faults": [],
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn a_unit_that_hangs_and_a_journal_that_is_blocked_are_troubles() {
+        assert!(status(&json!({}), None).troubles().is_empty());
+        assert_eq!(status(&json!({"outage": "hung"}), None).troubles(), [
+            "a.service is up and does not serve (Hung)"
+        ]);
+        assert_eq!(status(&json!({}), Some("full")).troubles(), ["the journal cannot be written: full"]);
+        // Stopped on purpose.
+        assert!(status(&json!({"outage": "stopped", "phase": "left"}), None).troubles().is_empty());
+    }
 }

@@ -17,7 +17,10 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use nix::fcntl::{Flock, FlockArg};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+};
 
 use crate::{
     config::Config,
@@ -151,11 +154,12 @@ async fn serve(config: Config) -> Result<()> {
     faults.recover_left_over();
     tokio::spawn(server::serve_unix(Arc::clone(&app), listener));
     if let Some(address) = tcp {
+        // Whoever waited for READY finds the status there, if it can be.
+        let first = TcpListener::bind(address).await;
         let app = Arc::clone(&app);
         tokio::spawn(async move {
-            if let Err(error) = server::serve_tcp(app, address).await {
-                tracing::error!(%address, %error, "no status on TCP: set another status.listen");
-            }
+            let listener = server::listen(&app.bus, address, first).await;
+            server::serve_tcp(app, listener).await;
         });
     }
 

@@ -127,6 +127,20 @@ pub enum Kind {
     },
     /// They are saved again.
     StateSaved {},
+    /// The status on TCP cannot be offered: nobody can listen at its address. ftd keeps trying.
+    StatusBlocked {
+        /// The address.
+        address: String,
+        /// Why.
+        cause: String,
+        /// What a person can do.
+        mend: String,
+    },
+    /// The status on TCP is offered now.
+    StatusBack {
+        /// The address.
+        address: String,
+    },
     /// A unit under care cannot be cared for as it is.
     UnitProblem {
         /// What is wrong: systemd's load state, or its error.

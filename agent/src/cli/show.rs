@@ -108,6 +108,9 @@ pub(super) fn status(status: &Status) {
         line("");
         faults(&status.faults);
     }
+    if let Some(cause) = &status.journal {
+        line(&paint(&format!("the journal cannot be written: {cause}"), Colour::Red));
+    }
     for (place, count) in status.probe.drops.iter().filter(|(_, count)| *count > 0) {
         line(&paint(&format!("lost: {count} events ({place})"), Colour::Yellow));
     }
@@ -263,6 +266,10 @@ fn describe(kind: &Kind) -> (String, Option<Colour>) {
             (format!("holds and attempts cannot be saved: {cause}\n      mend: {mend}"), Some(Red))
         }
         Kind::StateSaved {} => ("holds and attempts are saved again".into(), Some(Green)),
+        Kind::StatusBlocked { address, cause, mend } => {
+            (format!("no status on {address}: {cause}{}", mend_line(mend)), Some(Red))
+        }
+        Kind::StatusBack { address } => (format!("status is on {address}"), Some(Green)),
         Kind::UnitProblem { problem, mend } => (format!("{problem}\n      mend: {mend}"), Some(Red)),
         Kind::UnitFound { alias: Some(alias) } => (format!("found: systemd's name for {alias}"), None),
         Kind::UnitFound { alias: None } => ("found".into(), Some(Green)),

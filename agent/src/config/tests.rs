@@ -89,6 +89,13 @@ fn all_that_is_wrong_is_said_at_once() {
 }
 
 #[test]
+fn limits_of_the_status_on_tcp_are_checked() {
+    let text = errors("[status]\nmax_connections = 0\nidle = \"0s\"\n");
+    assert!(text.contains("ftd.toml:2:1: status.max_connections is 0"), "{text}");
+    assert!(text.contains("ftd.toml:3:1: status.idle is 0s"), "{text}");
+}
+
+#[test]
 fn limits_that_would_stop_the_journal_are_refused() {
     let text = errors("[journal]\nretry = \"0s\"\nbacklog = 5\n");
     assert!(text.contains("ftd.toml:2:1: journal.retry is zero"), "{text}");

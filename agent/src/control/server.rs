@@ -6,6 +6,7 @@ use std::{
     os::unix::fs::{FileTypeExt as _, PermissionsExt as _},
     path::Path,
     sync::Arc,
+    time::Duration,
 };
 
 use axum::{
@@ -17,9 +18,17 @@ use axum::{
     routing::{get, post},
 };
 use futures_util::{StreamExt as _, stream};
-use nix::unistd::{Group, chown};
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use nix::{
+    sys::socket::{setsockopt, sockopt},
+    unistd::{Group, chown},
+};
 use tokio::{
-    net::{TcpListener, UnixListener},
+    net::{TcpListener, TcpStream, UnixListener},
     sync::{
         Semaphore,
         broadcast::{Receiver, error::RecvError},
@@ -28,8 +37,8 @@ use tokio::{
 
 use super::{App, EventsQuery, Hold, Recover, Refusal, Release, doctor};
 use crate::{
-    config::{Api, Config},
-    event::{Event, Kind, journal},
+    config::{self, Api, Config},
+    event::{Event, Kind, bus::Bus, journal},
     heal::{machine::Input, supervisor::boot_now},
     inject::{InjectError, Request},
     probe::BootNs,
@@ -40,11 +49,88 @@ pub async fn serve_unix(app: Arc<App>, listener: UnixListener) -> io::Result<()>
     axum::serve(listener, whole().with_state(app)).await
 }
 
-/// Serves what only reads, on TCP, for ever.
-pub async fn serve_tcp(app: Arc<App>, address: SocketAddr) -> io::Result<()> {
-    let listener = TcpListener::bind(address).await?;
-    axum::serve(listener, reading().with_state(app)).await
+/// Serves what only reads, on TCP, for ever. Anybody may connect, so all that a client can hold is
+/// bounded: connections, the time until a request is there, and the time in which nothing is taken of
+/// the answer.
+pub async fn serve_tcp(app: Arc<App>, listener: TcpListener) {
+    let status = app.config.status.clone();
+    serve_bounded(reading().with_state(app), listener, &status).await;
 }
+
+async fn serve_bounded(routes: Router, listener: TcpListener, limits: &config::Status) {
+    let places = Arc::new(Semaphore::new(limits.max_connections));
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(limits.idle);
+    loop {
+        // Who comes too many waits in the kernel's queue, where he costs no descriptor.
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "no connection accepted for the status on TCP");
+                tokio::time::sleep(ACCEPT_AGAIN).await;
+                continue;
+            }
+        };
+        if let Err(error) = end_if_deaf(&stream, limits.idle) {
+            tracing::debug!(%error, "a connection without a time limit for what is sent");
+        }
+        let connection = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes.clone()));
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "a connection to the status on TCP");
+            }
+            drop(place);
+        });
+    }
+}
+
+/// How long to wait when no connection can be accepted, for lack of descriptors most likely.
+const ACCEPT_AGAIN: Duration = Duration::from_secs(1);
+
+/// Lets the kernel end a connection whose other side takes nothing, or is gone, for `limit`.
+fn end_if_deaf(stream: &TcpStream, limit: Duration) -> nix::Result<()> {
+    let limit_ms = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
+    setsockopt(stream, sockopt::TcpUserTimeout, &limit_ms)?;
+    setsockopt(stream, sockopt::KeepAlive, &true)?;
+    let limit_s = u32::try_from(limit.as_secs()).unwrap_or(u32::MAX).max(1);
+    setsockopt(stream, sockopt::TcpKeepIdle, &limit_s)
+}
+
+/// Listens for [`serve_tcp`]. An address that cannot be had is told once, and tried again until it can: it
+/// may be one that comes later.
+pub async fn listen(bus: &Bus, address: SocketAddr, first: io::Result<TcpListener>) -> TcpListener {
+    let mut told = false;
+    let mut listener = first;
+    loop {
+        match listener {
+            Ok(listener) => {
+                if told {
+                    bus.emit(None, None, Kind::StatusBack { address: address.to_string() });
+                }
+                return listener;
+            }
+            Err(error) if !std::mem::replace(&mut told, true) => {
+                tracing::error!(%address, %error, "no status on TCP; it is tried again");
+                let mend = match error.kind() {
+                    io::ErrorKind::AddrInUse => "another program listens there: end it",
+                    io::ErrorKind::AddrNotAvailable => "give a network interface this address",
+                    io::ErrorKind::PermissionDenied => "choose a port from 1024 up",
+                    _ => "see the cause",
+                };
+                let mend = format!("{mend}, or set another status.listen; ftd tries again by itself");
+                let (address, cause) = (address.to_string(), error.to_string());
+                bus.emit(None, None, Kind::StatusBlocked { address, cause, mend });
+            }
+            Err(_) => {}
+        }
+        tokio::time::sleep(LISTEN_AGAIN).await;
+        listener = TcpListener::bind(address).await;
+    }
+}
+
+/// How often an address that cannot be had is tried.
+const LISTEN_AGAIN: Duration = Duration::from_secs(2);
 
 /// Binds the API's socket, for root and the configured group only. A socket that a dead ftd left is
 /// replaced; one that still answers is an error.
@@ -92,7 +178,7 @@ fn reading() -> Router<Arc<App>> {
 fn whole() -> Router<Arc<App>> {
     reading()
         .route("/v1/doctor", get(run_doctor))
-        .route("/v1/config", get(config))
+        .route("/v1/config", get(show_config))
         .route("/v1/hold", post(hold))
         .route("/v1/release", post(release))
         .route("/v1/inject", post(inject))
@@ -125,7 +211,7 @@ async fn status(State(app): State<Arc<App>>) -> Response {
     Json(app.status()).into_response()
 }
 
-async fn config(State(app): State<Arc<App>>) -> Json<Config> {
+async fn show_config(State(app): State<Arc<App>>) -> Json<Config> {
     Json(app.config.clone())
 }
 
@@ -145,7 +231,7 @@ async fn hold(State(app): State<Arc<App>>, body: Body_<Hold>) -> Result<Json<ser
     let (slot, id) = app.supervisor.find(&unit).map_err(|e| refuse(e, "see: ftctl status"))?;
     let now = boot_now();
     let until = for_ms.map(|ms| {
-        let wall = jiff::Timestamp::now().saturating_add(std::time::Duration::from_millis(ms));
+        let wall = jiff::Timestamp::now().saturating_add(Duration::from_millis(ms));
         let wall = wall.unwrap_or(jiff::Timestamp::MAX);
         (BootNs(now.0.saturating_add(ms.saturating_mul(1_000_000))), wall)
     });
@@ -209,7 +295,7 @@ async fn events(State(app): State<Arc<App>>, Query(query): Query<EventsQuery>) -
     let unit = match &query.unit {
         // A unit that is no longer under care may still be asked for.
         Some(name) => {
-            Some(app.supervisor.find(name).map_or_else(|_| crate::config::unit_name(name), |(_, id)| id))
+            Some(app.supervisor.find(name).map_or_else(|_| config::unit_name(name), |(_, id)| id))
         }
         None => None,
     };
@@ -311,4 +397,75 @@ fn live(
             return Some((Ok(line), (follower, wanted, node)));
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+
+    async fn bounded(max_connections: usize, idle: Duration) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let limits = config::Status { listen: None, max_connections, idle };
+        let routes = Router::new().route("/", get(|| async { "well" }));
+        tokio::spawn(async move { serve_bounded(routes, listener, &limits).await });
+        address
+    }
+
+    async fn ask(address: SocketAddr) -> String {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await.unwrap();
+        text
+    }
+
+    #[tokio::test]
+    async fn who_asks_nothing_is_sent_away() {
+        let address = bounded(4, Duration::from_millis(100)).await;
+        let mut mute = TcpStream::connect(address).await.unwrap();
+        let mut half = TcpStream::connect(address).await.unwrap();
+        half.write_all(b"GET / HT").await.unwrap();
+        // An answered client that keeps the connection and asks nothing more.
+        let mut kept = TcpStream::connect(address).await.unwrap();
+        kept.write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+        for stream in [&mut mute, &mut half, &mut kept] {
+            let mut rest = Vec::new();
+            let ended = tokio::time::timeout(Duration::from_secs(5), stream.read_to_end(&mut rest)).await;
+            assert!(ended.is_ok(), "it is still open");
+        }
+    }
+
+    #[tokio::test]
+    async fn who_comes_too_many_waits_for_a_place() {
+        let address = bounded(2, Duration::from_millis(300)).await;
+        let _mute = [TcpStream::connect(address).await.unwrap(), TcpStream::connect(address).await.unwrap()];
+        // Let them take the two places.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let begun = std::time::Instant::now();
+        assert!(ask(address).await.ends_with("well"));
+        assert!(begun.elapsed() > Duration::from_millis(100), "{:?}", begun.elapsed());
+        assert!(ask(address).await.ends_with("well"));
+    }
+
+    #[tokio::test]
+    async fn an_address_that_cannot_be_had_is_told_once_and_tried_again() {
+        let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = taken.local_addr().unwrap();
+        let (bus, _queue) = Bus::new("n".into(), 0);
+        let first = TcpListener::bind(address).await;
+        let listening = listen(&bus, address, first);
+        tokio::pin!(listening);
+        assert!(tokio::time::timeout(LISTEN_AGAIN * 5 / 2, &mut listening).await.is_err());
+        drop(taken);
+        assert_eq!(listening.await.local_addr().unwrap(), address);
+        let told: Vec<_> = bus.recent_and_follow().0.into_iter().map(|event| event.kind.clone()).collect();
+        assert!(
+            matches!(&told[..], [Kind::StatusBlocked { mend, .. }, Kind::StatusBack { .. }]
+                if mend.starts_with("another program listens there")),
+            "{told:?}"
+        );
+    }
 }
