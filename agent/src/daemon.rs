@@ -125,7 +125,7 @@ async fn serve(config: Config) -> Result<()> {
     tokio::spawn(conversation);
     for (slot, check) in checks.into_iter().enumerate() {
         if let Some(check) = check {
-            tokio::spawn(health::watch(Arc::clone(&supervisor), Slot(slot as u32), check));
+            tokio::spawn(health::watch(Arc::clone(&supervisor), Arc::clone(&bus), Slot(slot as u32), check));
         }
     }
 

@@ -273,6 +273,16 @@ pub enum Kind {
         /// The check.
         check: String,
     },
+    /// ftd lacks something of its own to ask for the service's health. Says nothing of the service, and
+    /// nothing is done for it; told once until a question can be asked again.
+    HealthNotAsked {
+        /// The check.
+        check: String,
+        /// What ftd lacks.
+        error: String,
+        /// What a person can do.
+        mend: String,
+    },
     /// A fault is injected now. Opens an operation.
     FaultInjected {
         /// Its id, for `ftctl inject recover`.

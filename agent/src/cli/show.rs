@@ -326,6 +326,9 @@ fn describe(kind: &Kind) -> (String, Option<Colour>) {
             (format!("health check failed {failures} times: {check}: {error}{consequence}"), Some(Red))
         }
         Kind::HealthBack { check } => (format!("health check succeeds again: {check}"), Some(Green)),
+        Kind::HealthNotAsked { check, error, mend } => {
+            (format!("health cannot be asked for: {check}: {error}{}", mend_line(mend)), Some(Red))
+        }
         Kind::FaultInjected { id, detail, .. } => (format!("FAULT {id}: {detail}"), Some(Yellow)),
         Kind::FaultUndone { id, why } => (format!("fault {id} is over ({why})"), None),
         Kind::FaultTrouble { id, error } => (format!("fault {id}: {error}"), Some(Red)),
