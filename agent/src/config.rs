@@ -8,14 +8,17 @@
 use std::{
     collections::HashMap,
     fmt,
-    net::SocketAddr,
+    net::{Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use bytesize::ByteSize;
+use hyper::http::uri::{Authority, PathAndQuery};
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
+
+use crate::unit::alias;
 
 mod explain;
 pub use explain::{ConfigError, Problem};
@@ -315,22 +318,12 @@ pub enum Check {
 impl Check {
     /// Reads `http://host[:port]/path`, `tcp://host:port`, `exec:/path args`.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let with_port = |authority: &str, default: Option<u16>| {
-            let (host, port) = match authority.rsplit_once(':') {
-                Some((host, port)) if !port.ends_with(']') => {
-                    (host, Some(port.parse::<u16>().map_err(|_| format!("\"{port}\" is no port"))?))
-                }
-                _ => (authority, default),
-            };
-            match port {
-                _ if host.is_empty() => Err("the host is missing".to_owned()),
-                None | Some(0) => Err("the port is missing".to_owned()),
-                Some(port) => Ok(format!("{host}:{port}")),
-            }
-        };
         if let Some(rest) = text.strip_prefix("http://") {
             let (authority, path) = rest.find('/').map_or((rest, "/"), |at| rest.split_at(at));
-            Ok(Self::Http { authority: with_port(authority, Some(80))?, path: path.to_owned() })
+            let authority = with_port(authority, Some(80))?;
+            PathAndQuery::try_from(path)
+                .map_err(|error| format!("\"{path}\" is no path of a URL: {error} (a blank is %20)"))?;
+            Ok(Self::Http { authority, path: path.to_owned() })
         } else if let Some(rest) = text.strip_prefix("tcp://") {
             Ok(Self::Tcp(with_port(rest, None)?))
         } else if let Some(rest) = text.strip_prefix("exec:") {
@@ -344,6 +337,30 @@ impl Check {
         } else {
             Err("it begins with none of \"http://\", \"tcp://\", \"exec:\"".into())
         }
+    }
+}
+
+/// `host:port` of `authority`, with the `default` port where it has none.
+fn with_port(authority: &str, default: Option<u16>) -> Result<String, String> {
+    let (host, port) = match authority.rsplit_once(':') {
+        Some((host, port)) if !port.ends_with(']') => {
+            (host, Some(port.parse::<u16>().map_err(|_| format!("\"{port}\" is no port"))?))
+        }
+        _ => (authority, default),
+    };
+    let bracketed = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+    match (bracketed, port) {
+        _ if host.is_empty() => Err("the host is missing".to_owned()),
+        (_, None | Some(0)) => Err("the port is missing".to_owned()),
+        (None, _) if host.contains(':') => Err("an IPv6 address needs brackets, like [::1]".to_owned()),
+        (None, _) if host.contains('@') => Err("a user or password cannot be given".to_owned()),
+        (Some(inner), _) if inner.parse::<Ipv6Addr>().is_err() => {
+            Err(format!("\"{inner}\" is no IPv6 address"))
+        }
+        (_, Some(port)) => match Authority::try_from(format!("{host}:{port}")) {
+            Ok(authority) => Ok(authority.to_string()),
+            Err(error) => Err(format!("\"{host}\" is no host: {error}")),
+        },
     }
 }
 
@@ -389,9 +406,14 @@ pub struct HealthConfig {
     pub grace: Duration,
 }
 
+/// The kinds of unit that ftd cares for.
+const SUFFIXES: [&str; 3] = [".service", ".socket", ".mount"];
+/// systemd's other kinds: nothing that dies and is brought back.
+const OTHER_SUFFIXES: [&str; 8] =
+    [".timer", ".path", ".target", ".slice", ".scope", ".device", ".swap", ".automount"];
+
 /// The unit's name with its suffix: `nginx` means `nginx.service`.
 pub fn unit_name(name: &str) -> String {
-    const SUFFIXES: [&str; 3] = [".service", ".socket", ".mount"];
     if SUFFIXES.iter().any(|suffix| name.ends_with(suffix)) { name.into() } else { format!("{name}.service") }
 }
 
@@ -460,6 +482,17 @@ impl Config {
         let mut say = |at: Option<usize>, what: String, mend: String| {
             problems.push(Problem::at(text, at, what, mend));
         };
+        for (path, value) in
+            [(["node", "state_dir"], &self.node.state_dir), (["api", "socket"], &self.api.socket)]
+        {
+            if !value.is_absolute() {
+                say(
+                    key(&path),
+                    format!("{} = \"{}\" is no absolute path", path.join("."), value.display()),
+                    "begin it with \"/\"".into(),
+                );
+            }
+        }
         if self.journal.max_size < ByteSize::mib(1) {
             say(
                 key(&["journal", "max_size"]),
@@ -471,7 +504,10 @@ impl Config {
         if !(1..=4096).contains(&self.status.max_connections) {
             say(
                 key(&["status", "max_connections"]),
-                format!("status.max_connections is {}: it must be from 1 to 4096", self.status.max_connections),
+                format!(
+                    "status.max_connections is {}: it must be from 1 to 4096",
+                    self.status.max_connections
+                ),
                 "leave it out for its default, 64; to have no status on TCP, leave out status.listen".into(),
             );
         }
@@ -512,9 +548,10 @@ impl Config {
                 "use 10, or 0 for none".into(),
             );
         }
-        check_heal(&self.heal, "heal", key(&["heal"]), &mut say);
+        check_heal(&self.heal, "heal", text, &["heal"], &mut say);
         let (mut names, mut units) = (HashMap::new(), HashMap::<String, (usize, &str)>::new());
-        for workload in &self.workloads {
+        for (index, workload) in self.workloads.iter().enumerate() {
+            let index = index.to_string();
             let (name, at) = (workload.name.as_ref().as_str(), workload.name.span().start);
             if name.is_empty() {
                 say(Some(at), "a workload has an empty name".into(), "give it one, like \"web\"".into());
@@ -542,12 +579,30 @@ impl Config {
                         "names are like \"nginx\" or \"nginx.service\"; see: systemctl list-units".into(),
                     );
                 }
-                if let Some((line, other)) = units.insert(full.clone(), (explain::line_of(text, at), name)) {
+                if let Some(suffix) = OTHER_SUFFIXES.iter().find(|suffix| unit.as_ref().ends_with(**suffix)) {
+                    let stem = unit.as_ref().trim_end_matches(suffix);
                     say(
                         Some(at),
-                        format!("unit {full} is listed twice (first in workload \"{other}\", line {line})"),
+                        format!(
+                            "\"{}\" cannot be cared for: ftd brings back services, sockets and mounts",
+                            unit.as_ref()
+                        ),
+                        format!("name the service behind it, like \"{stem}.service\""),
+                    );
+                }
+                let seen = units.get_key_value(&full);
+                let seen = seen.or_else(|| alias::others(&full).find_map(|name| units.get_key_value(name)));
+                if let Some((first, (line, other))) = seen {
+                    let also = if *first == full { String::new() } else { format!(", there as {first}") };
+                    say(
+                        Some(at),
+                        format!(
+                            "unit {full} is listed twice (first in workload \"{other}\", line {line}{also})"
+                        ),
                         "a unit belongs to one workload: remove one of the two".into(),
                     );
+                } else {
+                    units.insert(full, (explain::line_of(text, at), name));
                 }
             }
             if let Some(health) = &workload.health {
@@ -584,25 +639,37 @@ impl Config {
             ] {
                 if zero {
                     let mend = format!("leave {what} out for its default, or give it a value above zero");
-                    say(Some(at), format!("{what} of workload \"{name}\" is zero"), mend);
+                    say(
+                        key(&["workload", &index, what]),
+                        format!("{what} of workload \"{name}\" is zero"),
+                        mend,
+                    );
                 }
             }
             if workload.heal != HealOverride::default() {
                 let heal = workload.heal.over(&self.heal);
-                check_heal(&heal, &format!("heal of workload \"{name}\""), Some(at), &mut say);
+                let section = ["workload", index.as_str(), "heal"];
+                check_heal(&heal, &format!("heal of workload \"{name}\""), text, &section, &mut say);
             }
         }
         problems
     }
 }
 
+/// Checks the figures of a heal section that stands at `path`.
 fn check_heal(
     heal: &Heal,
     section: &str,
-    at: Option<usize>,
+    text: &str,
+    path: &[&str],
     say: &mut impl FnMut(Option<usize>, String, String),
 ) {
     let time = |d: Duration| humantime::format_duration(d).to_string();
+    // Where the first of these keys stands that is not left out here.
+    let at = |keys: &[&str]| {
+        let inside = keys.iter().find_map(|key| explain::find_exact(text, &[path, &[*key]].concat()));
+        inside.or_else(|| explain::find(text, path))
+    };
     let zero = [
         ("within", heal.within),
         ("backoff", heal.backoff),
@@ -610,15 +677,15 @@ fn check_heal(
         ("kill_after", heal.kill_after),
     ];
     for (key, _) in zero.iter().filter(|(_, value)| value.is_zero()) {
-        say(at, format!("{section}.{key} is zero"), "leave it out for its default".into());
+        say(at(&[key]), format!("{section}.{key} is zero"), "leave it out for its default".into());
     }
     if heal.restarts == 0 {
         let mend = "use 1 or more; to keep ftd from starting a unit, take it out of the configuration";
-        say(at, format!("{section}.restarts is 0: nothing would ever be healed"), mend.into());
+        say(at(&["restarts"]), format!("{section}.restarts is 0: nothing would ever be healed"), mend.into());
     }
     if heal.backoff > heal.backoff_max {
         say(
-            at,
+            at(&["backoff", "backoff_max"]),
             format!(
                 "{section}: backoff <= backoff_max does not hold: {} > {}",
                 time(heal.backoff),
@@ -627,9 +694,23 @@ fn check_heal(
             "raise backoff_max or lower backoff".into(),
         );
     }
+    let waits = least_waits(heal);
+    if waits >= heal.within && !heal.within.is_zero() {
+        say(
+            at(&["restarts", "within", "backoff_max", "backoff", "settle"]),
+            format!(
+                "{section}: waits before {} attempts < within does not hold: {} >= {}: so many never fall \
+                 into that time, and a unit that cannot start would be tried for ever",
+                heal.restarts,
+                time(waits),
+                time(heal.within)
+            ),
+            "lower restarts, backoff or backoff_max, or raise within".into(),
+        );
+    }
     if heal.kill_after >= heal.start_deadline {
         say(
-            at,
+            at(&["kill_after", "start_deadline"]),
             format!(
                 "{section}: kill_after < start_deadline does not hold: {} >= {}: a hung unit's restart \
                  would count as failed before the unit is killed",
@@ -639,6 +720,21 @@ fn check_heal(
             "raise start_deadline or lower kill_after".into(),
         );
     }
+}
+
+/// The least time that the waits before `restarts` attempts take together: before the second `backoff`, then
+/// doubled up to `backoff_max`; or `settle`, after which there is none. Where `settle` is not longer than
+/// `backoff`, back-off is switched off.
+fn least_waits(heal: &Heal) -> Duration {
+    if heal.settle <= heal.backoff {
+        return Duration::ZERO;
+    }
+    let longest = heal.backoff_max.min(heal.settle);
+    let (mut wait, mut sum, mut left) = (heal.backoff, Duration::ZERO, heal.restarts.saturating_sub(1));
+    while left > 0 && !wait.is_zero() && wait < longest {
+        (sum, wait, left) = (sum.saturating_add(wait), wait.saturating_mul(2), left - 1);
+    }
+    sum.saturating_add(longest.saturating_mul(left))
 }
 
 #[cfg(test)]

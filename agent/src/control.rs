@@ -213,9 +213,10 @@ mod tests {
     #[test]
     fn a_unit_that_hangs_and_a_journal_that_is_blocked_are_troubles() {
         assert!(status(&json!({}), None).troubles().is_empty());
-        assert_eq!(status(&json!({"outage": "hung"}), None).troubles(), [
-            "a.service is up and does not serve (Hung)"
-        ]);
+        assert_eq!(
+            status(&json!({"outage": "hung"}), None).troubles(),
+            ["a.service is up and does not serve (Hung)"]
+        );
         assert_eq!(status(&json!({}), Some("full")).troubles(), ["the journal cannot be written: full"]);
         // Stopped on purpose.
         assert!(status(&json!({"outage": "stopped", "phase": "left"}), None).troubles().is_empty());

@@ -2,6 +2,8 @@
 
 use std::{fmt, io, ops::Range, path::Path, path::PathBuf};
 
+use toml::de::DeTable;
+
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -78,17 +80,44 @@ fn column_of(text: &str, at: usize) -> usize {
     before.len() - before.rfind('\n').map_or(0, |newline| newline + 1) + 1
 }
 
-/// Where `table` or `table.key` stands in the text, for problems found after parsing.
+/// Where the key at the end of `path` stands in the text, for problems found after parsing; as much of
+/// it as there is. Elements of lists are named by their numbers, like `["workload", "0", "units"]`.
 pub(super) fn find(text: &str, path: &[&str]) -> Option<usize> {
-    let root = toml::de::DeTable::parse(text).ok()?;
-    let (table, rest) = path.split_first()?;
-    let (name, value) = root.get_ref().iter().find(|(name, _)| name.get_ref() == table)?;
-    let Some(key) = rest.first() else { return Some(name.span().start) };
-    let found = value.get_ref().as_table()?.iter().find(|(name, _)| name.get_ref() == key);
-    Some(found.map_or(name.span().start, |(name, _)| name.span().start))
+    (1..=path.len()).rev().find_map(|end| find_exact(text, &path[..end]))
+}
+
+/// The same, or nothing where the key is left out.
+pub(super) fn find_exact(text: &str, path: &[&str]) -> Option<usize> {
+    let root = DeTable::parse(text).ok()?;
+    let (name, rest) = path.split_first()?;
+    let (mut key, mut value) = root.get_ref().get_key_value(*name)?;
+    let mut at = key.span().start;
+    for step in rest {
+        if let Some(table) = value.get_ref().as_table() {
+            (key, value) = table.get_key_value(*step)?;
+            at = key.span().start;
+        } else {
+            value = value.get_ref().as_array()?.get(step.parse::<usize>().ok()?)?;
+            at = value.span().start;
+        }
+    }
+    Some(at)
 }
 
 impl ConfigError {
+    /// All that is wrong, one by one.
+    pub fn problems(&self) -> Vec<Problem> {
+        match self {
+            Self::Invalid { problems, .. } => problems.clone(),
+            Self::Unreadable { source, .. } => vec![Problem {
+                line: 0,
+                column: 0,
+                what: format!("cannot be read: {source}"),
+                mend: mend_unreadable(source).into(),
+            }],
+        }
+    }
+
     /// Explains what the parser refused.
     pub(super) fn of_toml(error: &toml::de::Error, text: &str, path: &Path) -> Self {
         let (what, mend) = explain(error.message(), error.span(), text);

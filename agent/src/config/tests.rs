@@ -113,6 +113,12 @@ fn checks_are_read_and_refused_with_a_reason() {
         ("https://x/", "https is not checked"),
         ("ftp://x", "begins with none of"),
         ("http://x:99999/", "is no port"),
+        ("http://h/a b", "\"/a b\" is no path of a URL"),
+        ("http://::1/", "needs brackets, like [::1]"),
+        ("tcp://::1:80", "needs brackets, like [::1]"),
+        ("http://[nonsense]/", "is no IPv6 address"),
+        ("http://a b/", "\"a b\" is no host"),
+        ("http://me@h/", "user or password"),
     ] {
         let error = Check::parse(text).unwrap_err();
         assert!(error.contains(cause), "{text}: {error}");
@@ -126,4 +132,60 @@ fn an_unreadable_file_is_said_with_cause_and_mend() {
         error.contains("/nonexistent/ftd.toml: cannot be read") && error.contains("mend: write one"),
         "{error}"
     );
+}
+
+#[test]
+fn a_unit_listed_twice_under_names_of_two_distributions_names_both_places() {
+    let text = "[[workload]]\nname = \"a\"\nunits = [\"httpd\"]\n[[workload]]\nname = \"b\"\nunits = [\"apache2\"]\n";
+    insta::assert_snapshot!(errors(text), @r#"
+    ftd.toml:6:10: unit apache2.service is listed twice (first in workload "a", line 3, there as httpd.service)
+      mend: a unit belongs to one workload: remove one of the two
+    "#);
+}
+
+#[test]
+fn units_that_are_not_brought_back_are_refused() {
+    let text = errors("[[workload]]\nname = \"a\"\nunits = [\"backup.timer\"]\n");
+    assert!(text.contains("ftd.toml:3:10: \"backup.timer\" cannot be cared for"), "{text}");
+    assert!(text.contains("name the service behind it, like \"backup.service\""), "{text}");
+}
+
+#[test]
+fn paths_that_depend_on_the_directory_ftd_starts_in_are_refused() {
+    let text = errors("[node]\nstate_dir = \"state\"\n[api]\nsocket = \"ftd.sock\"\n");
+    assert!(text.contains("ftd.toml:2:1: node.state_dir = \"state\" is no absolute path"), "{text}");
+    assert!(text.contains("ftd.toml:4:1: api.socket = \"ftd.sock\" is no absolute path"), "{text}");
+}
+
+#[test]
+fn what_is_wrong_is_said_at_its_own_line() {
+    let text = errors("[heal]\nsettle = \"1s\"\nrestarts = 0\n");
+    assert!(text.starts_with("ftd.toml:3:1: heal.restarts is 0"), "{text}");
+    let workload = "[[workload]]\nname = \"w\"\nunits = [\"a\"]\n";
+    let text =
+        errors(&format!("{workload}[[workload]]\nname = \"x\"\nunits = [\"b\"]\nhealth_every = \"0s\"\n"));
+    assert!(text.starts_with("ftd.toml:7:1: health_every of workload \"x\" is zero"), "{text}");
+    let text =
+        errors(&format!("{workload}[workload.heal]\nrestarts = 2\nbackoff = \"1h\"\nwithin = \"1d\"\n"));
+    assert!(text.starts_with("ftd.toml:6:1: heal of workload \"w\": backoff <= backoff_max"), "{text}");
+    // Inline, and where the section alone is there.
+    let text = errors(&format!("{workload}heal = {{ backoff = \"1h\", settle = \"2s\" }}\n"));
+    assert!(text.starts_with("ftd.toml:4:10: heal of workload \"w\": backoff <= backoff_max"), "{text}");
+}
+
+#[test]
+fn a_limit_of_restarts_that_back_off_keeps_from_being_reached_is_refused() {
+    let text = errors("[heal]\nwithin = \"10s\"\nrestarts = 20\n");
+    assert!(
+        text.starts_with(
+            "ftd.toml:3:1: heal: waits before 20 attempts < within does not hold: 2m 12s 700ms >= 10s"
+        ),
+        "{text}"
+    );
+    // Reached just so: 100 + 200 + 400 + 800 ms are less than 2 s.
+    for good in ["within = \"2s\"", "restarts = 1", "restarts = 100000\nbackoff = \"1ms\"\nsettle = \"1ms\""]
+    {
+        Config::parse(&format!("[heal]\n{good}\n"), Path::new("ftd.toml")).unwrap();
+    }
+    errors("[heal]\nwithin = \"1500ms\"\n");
 }

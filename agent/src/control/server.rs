@@ -75,7 +75,8 @@ async fn serve_bounded(routes: Router, listener: TcpListener, limits: &config::S
         if let Err(error) = end_if_deaf(&stream, limits.idle) {
             tracing::debug!(%error, "a connection without a time limit for what is sent");
         }
-        let connection = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes.clone()));
+        let connection =
+            http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes.clone()));
         tokio::spawn(async move {
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "a connection to the status on TCP");
@@ -294,9 +295,7 @@ async fn recover(
 async fn events(State(app): State<Arc<App>>, Query(query): Query<EventsQuery>) -> Result<Response, Refusal> {
     let unit = match &query.unit {
         // A unit that is no longer under care may still be asked for.
-        Some(name) => {
-            Some(app.supervisor.find(name).map_or_else(|_| config::unit_name(name), |(_, id)| id))
-        }
+        Some(name) => Some(app.supervisor.find(name).map_or_else(|_| config::unit_name(name), |(_, id)| id)),
         None => None,
     };
     let (recent, follower) = app.bus.recent_and_follow();

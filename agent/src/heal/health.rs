@@ -250,7 +250,10 @@ mod tests {
     async fn http_success_and_redirection_are_good_the_rest_is_not() {
         assert_eq!(get("HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await, Ok(()));
         assert_eq!(get("HTTP/1.1 302 Found\r\ncontent-length: 0\r\n\r\n").await, Ok(()));
-        let error = get("HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n").await.map_err(why).unwrap_err();
+        let error = get("HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n")
+            .await
+            .map_err(why)
+            .unwrap_err();
         assert_eq!(error, "HTTP 503 Service Unavailable");
         assert!(get("nonsense\r\n\r\n").await.is_err());
     }
