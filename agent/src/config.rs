@@ -26,6 +26,10 @@ pub use explain::{ConfigError, Problem};
 /// Where the packaged configuration lives.
 pub const DEFAULT_PATH: &str = "/etc/ftd/ftd.toml";
 
+/// TimeoutStartSec= and TimeoutStopSec= of ftd.service.
+const START_LIMIT: Duration = Duration::from_secs(30);
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+
 /// The whole configuration, validated.
 #[derive(Debug, Clone, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
@@ -57,11 +61,23 @@ pub struct Node {
     pub name: String,
     /// Journal, holds and undo records live here.
     pub state_dir: PathBuf,
+    /// How long the start may wait for systemd's word on every unit before ftd counts as started.
+    #[serde(with = "humantime_serde")]
+    pub ready_within: Duration,
+    /// How long each of the last deeds may take when ftd is told to stop: undoing faults, writing the
+    /// journal, ending threads.
+    #[serde(with = "humantime_serde")]
+    pub stop_within: Duration,
 }
 
 impl Default for Node {
     fn default() -> Self {
-        Self { name: String::new(), state_dir: "/var/lib/ftd".into() }
+        Self {
+            name: String::new(),
+            state_dir: "/var/lib/ftd".into(),
+            ready_within: Duration::from_secs(5),
+            stop_within: Duration::from_secs(2),
+        }
     }
 }
 
@@ -498,6 +514,30 @@ impl Config {
                 key(&["journal", "max_size"]),
                 format!("journal.max_size is {}: too small to keep a useful history", self.journal.max_size),
                 "use at least \"1MiB\"".into(),
+            );
+        }
+        let (ready, stop) = (self.node.ready_within, self.node.stop_within);
+        let time = humantime::format_duration;
+        if ready >= START_LIMIT {
+            say(
+                key(&["node", "ready_within"]),
+                format!(
+                    "node.ready_within < TimeoutStartSec of ftd.service does not hold: {} >= {}",
+                    time(ready),
+                    time(START_LIMIT)
+                ),
+                "lower it; its default is 5s".into(),
+            );
+        }
+        if stop.is_zero() || stop.saturating_mul(3) >= STOP_LIMIT {
+            say(
+                key(&["node", "stop_within"]),
+                format!(
+                    "0 < 3 x node.stop_within < TimeoutStopSec of ftd.service does not hold: {}, and {}",
+                    time(stop.saturating_mul(3)),
+                    time(STOP_LIMIT)
+                ),
+                "give it another value; its default is 2s".into(),
             );
         }
         // ftd.service allows 8192 open files, and all else that ftd does needs some.

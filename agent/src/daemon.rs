@@ -12,6 +12,7 @@ use std::{
         Arc, Weak,
         atomic::{AtomicU64, Ordering},
     },
+    thread::JoinHandle,
     time::Duration,
 };
 
@@ -36,8 +37,6 @@ use crate::{
     unit::manager::{Report, Systemd},
 };
 
-/// How long the last deeds may take when ftd is told to stop.
-const PATIENCE: Duration = Duration::from_secs(2);
 /// How often lost events are looked for; they are counted in the kernel, which does not announce them.
 const DROPS_EVERY: Duration = Duration::from_secs(5);
 
@@ -52,7 +51,11 @@ pub fn run(config: Config) -> Result<()> {
         .enable_all()
         .build()
         .context("starting the async runtime")?;
-    runtime.block_on(serve(config))
+    let stop_within = config.node.stop_within;
+    let done = runtime.block_on(serve(config));
+    // A thread that the disk or a name server holds must not hold ftd's end.
+    runtime.shutdown_timeout(stop_within);
+    done
 }
 
 /// One ftd at a time: the kernel lets go of the lock when its holder dies.
@@ -87,9 +90,9 @@ async fn serve(config: Config) -> Result<()> {
     // Decisions.
     let store = Arc::new(Store::new(&state_dir));
     let saved = store.load().unwrap_or_else(|error| {
-        tracing::error!(path = %store.path().display(), %error, "holds and attempts are lost");
-        let file = format!("{}: {error}", store.path().display());
-        bus.emit(None, None, Kind::JournalRepaired { file, bytes: 0 });
+        let kind = set_aside(store.path(), &error);
+        tracing::error!(?kind, "holds and attempts are lost");
+        bus.emit(None, None, kind);
         BTreeMap::new()
     });
     let resumed = !saved.is_empty();
@@ -139,7 +142,8 @@ async fn serve(config: Config) -> Result<()> {
     );
     let listener = server::bind(&config.api)
         .with_context(|| format!("{}: the API's socket", config.api.socket.display()))?;
-    let tcp = config.status.listen;
+    let (tcp, ready_within, stop_within) =
+        (config.status.listen, config.node.ready_within, config.node.stop_within);
     let started = jiff::Timestamp::now();
     let app = Arc::new(App {
         config,
@@ -163,14 +167,20 @@ async fn serve(config: Config) -> Result<()> {
         });
     }
 
-    notify(&[sd_notify::NotifyState::Ready]);
+    let life = async {
+        if tokio::time::timeout(ready_within, first_look(&app)).await.is_err() {
+            tracing::warn!("ready, though systemd has not told of every unit yet");
+        }
+        notify(&[sd_notify::NotifyState::Ready]);
+        pat_watchdog().await;
+    };
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
-        () = pat_watchdog() => {}
+        () = life => {}
     }
     notify(&[sd_notify::NotifyState::Stopping]);
-    if tokio::time::timeout(PATIENCE, app.faults.end_all()).await.is_err() {
+    if tokio::time::timeout(stop_within, app.faults.end_all()).await.is_err() {
         tracing::error!("faults are not undone yet: the next start of ftd tries again");
     }
     let change = *app.supervisor.changes().borrow();
@@ -179,15 +189,42 @@ async fn serve(config: Config) -> Result<()> {
     }
     bus.emit(None, None, Kind::AgentStopped {});
     drop(app);
-    finish(bus, writer, &written).await;
+    finish(&bus, writer, &written, stop_within).await;
     Ok(())
 }
 
+/// Puts a state file that makes no sense where it is kept for who wants to know why, and says so.
+fn set_aside(path: &Path, error: &std::io::Error) -> Kind {
+    let mut aside = path.as_os_str().to_owned();
+    aside.push(".damaged");
+    let (file, mut cause) = (path.display().to_string(), error.to_string());
+    let kept = match fs::rename(path, &aside) {
+        Ok(()) => format!("it is kept as {}", Path::new(&aside).display()),
+        Err(error) => {
+            cause = format!("{cause}; and it cannot be renamed: {error}");
+            "copy it now if you want to look at it: it is about to be replaced".into()
+        }
+    };
+    let mend =
+        format!("holds, units given up and attempts are forgotten: hold again what is to be held; {kept}");
+    Kind::StateDamaged { file, cause, mend }
+}
+
+/// Waits until systemd has told of every unit, so that who waited for ftd is not shown `unknown`.
+async fn first_look(app: &App) {
+    // Nothing announces it, and it takes milliseconds, once.
+    let mut turns = tokio::time::interval(Duration::from_millis(10));
+    let known = || app.supervisor.status().iter().all(|unit| !unit.load_state.is_empty());
+    while !(app.systemd.connected() && known()) {
+        turns.tick().await;
+    }
+}
+
 /// Waits until the journal has all events; not for long. Says how many it has not.
-async fn finish(bus: Arc<Bus>, writer: std::thread::JoinHandle<()>, written: &AtomicU64) {
+async fn finish(bus: &Bus, writer: JoinHandle<()>, written: &AtomicU64, limit: Duration) {
     bus.close();
     let joined = tokio::task::spawn_blocking(move || writer.join());
-    let late = tokio::time::timeout(PATIENCE, joined).await.is_err();
+    let late = tokio::time::timeout(limit, joined).await.is_err();
     let events = bus.next_seq().saturating_sub(written.load(Ordering::Relaxed));
     if late || events > 0 {
         tracing::error!(events, late, "the journal has not taken the last events: they are lost");
@@ -264,5 +301,23 @@ async fn pat_watchdog() {
 fn notify(state: &[sd_notify::NotifyState]) {
     if let Err(error) = sd_notify::notify(state) {
         tracing::debug!(%error, "nobody to notify");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_damaged_state_file_is_kept_and_told_with_its_mend() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path());
+        fs::write(store.path(), "{").unwrap();
+        let error = store.load().unwrap_err();
+        let Kind::StateDamaged { file, cause, mend } = set_aside(store.path(), &error) else { panic!() };
+        assert_eq!(file, store.path().display().to_string());
+        assert!(cause.contains("EOF") && mend.contains("heal.json.damaged"), "{cause}; {mend}");
+        assert_eq!(fs::read_to_string(dir.path().join("heal.json.damaged")).unwrap(), "{");
+        assert!(store.load().unwrap().is_empty());
     }
 }

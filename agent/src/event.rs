@@ -127,6 +127,15 @@ pub enum Kind {
     },
     /// They are saved again.
     StateSaved {},
+    /// A state file makes no sense; ftd goes on without what it held.
+    StateDamaged {
+        /// The file.
+        file: String,
+        /// What is wrong with it.
+        cause: String,
+        /// What is lost, where the file is kept, what a person can do.
+        mend: String,
+    },
     /// The status on TCP cannot be offered: nobody can listen at its address. ftd keeps trying.
     StatusBlocked {
         /// The address.

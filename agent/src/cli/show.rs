@@ -266,6 +266,9 @@ fn describe(kind: &Kind) -> (String, Option<Colour>) {
             (format!("holds and attempts cannot be saved: {cause}\n      mend: {mend}"), Some(Red))
         }
         Kind::StateSaved {} => ("holds and attempts are saved again".into(), Some(Green)),
+        Kind::StateDamaged { file, cause, mend } => {
+            (format!("{file}: damaged: {cause}{}", mend_line(mend)), Some(Red))
+        }
         Kind::StatusBlocked { address, cause, mend } => {
             (format!("no status on {address}: {cause}{}", mend_line(mend)), Some(Red))
         }

@@ -89,6 +89,17 @@ fn all_that_is_wrong_is_said_at_once() {
 }
 
 #[test]
+fn start_and_stop_fit_into_what_systemd_allows() {
+    let text = errors("[node]\nready_within = \"1min\"\nstop_within = \"4s\"\n");
+    assert!(text.contains("ftd.toml:2:1: node.ready_within < TimeoutStartSec of ftd.service"), "{text}");
+    assert!(text.contains("1m >= 30s") && text.contains("12s, and 10s"), "{text}");
+    let service = include_str!("../../../systemd/ftd.service");
+    for (key, limit) in [("TimeoutStartSec", START_LIMIT), ("TimeoutStopSec", STOP_LIMIT)] {
+        assert!(service.contains(&format!("\n{key}={}\n", limit.as_secs())), "{key}");
+    }
+}
+
+#[test]
 fn limits_of_the_status_on_tcp_are_checked() {
     let text = errors("[status]\nmax_connections = 0\nidle = \"0s\"\n");
     assert!(text.contains("ftd.toml:2:1: status.max_connections is 0"), "{text}");
