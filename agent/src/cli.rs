@@ -43,6 +43,9 @@ pub struct Cli {
     /// ftd's API.
     #[arg(long, global = true, value_name = "PATH", default_value = "/run/ftd/ftd.sock", env = "FTD_SOCKET")]
     socket: PathBuf,
+    /// How long to wait for ftd's answer.
+    #[arg(long, global = true, value_name = "TIME", value_parser = duration, default_value = "2min", env = "FTD_TIMEOUT")]
+    timeout: Duration,
     #[command(subcommand)]
     command: Command,
 }
@@ -56,6 +59,7 @@ enum Command {
 Examples:
   ftctl events                              the last 50
   ftctl events --since 10min --unit nginx   what happened to nginx in the last ten minutes
+  ftctl events --since '01-31 13:00:00'     a moment as it stands in the first column
   ftctl events --since 2026-01-31T12:00:00Z
   ftctl events --follow --json | jq .event  for programs: one line of JSON each")]
     Events(EventsArgs),
@@ -112,7 +116,8 @@ Examples:
 
 #[derive(Debug, Args)]
 struct EventsArgs {
-    /// Since then: how long ago (`10min`), or a moment (`2026-01-31T12:00:00Z`).
+    /// Since then: how long ago (`10min`), or a moment: as `events` shows it (`01-31 13:00:00`), with the
+    /// year, or in UTC (`2026-01-31T12:00:00Z`).
     #[arg(long, value_parser = moment)]
     since: Option<jiff::Timestamp>,
     /// Only of this unit.
@@ -131,7 +136,7 @@ struct HoldArgs {
     /// The unit.
     unit: String,
     /// End by itself after this long, like `30min`.
-    #[arg(long = "for", value_name = "TIME", value_parser = humantime::parse_duration)]
+    #[arg(long = "for", value_name = "TIME", value_parser = duration)]
     lasting: Option<Duration>,
     /// Why, for those who wonder later.
     #[arg(long)]
@@ -181,7 +186,7 @@ struct Lasting {
     /// The unit.
     unit: String,
     /// End by itself after this long.
-    #[arg(long = "for", value_name = "TIME", value_parser = humantime::parse_duration, default_value = "30s")]
+    #[arg(long = "for", value_name = "TIME", value_parser = duration, default_value = "30s")]
     lasting: Duration,
 }
 
@@ -204,12 +209,51 @@ enum ConfigCommand {
     Show(ConfigFile),
 }
 
-fn moment(text: &str) -> Result<jiff::Timestamp, String> {
-    if let Ok(ago) = humantime::parse_duration(text) {
-        return jiff::Timestamp::now().checked_sub(ago).map_err(|error| error.to_string());
+/// A time like `30min`.
+fn duration(text: &str) -> Result<Duration, String> {
+    no_months(text)?;
+    humantime::parse_duration(text)
+        .map_err(|error| format!("{error}; times are like \"90s\", \"30min\", \"2h\" or \"1d\""))
+}
+
+/// Months and years are refused: their units are a slip of the finger away from minutes.
+fn no_months(text: &str) -> Result<(), String> {
+    let long = ["M", "month", "months", "y", "yr", "yrs", "year", "years"];
+    match text.split(|c: char| !c.is_alphabetic()).find(|word| long.contains(word)) {
+        Some(unit) => {
+            Err(format!("\"{unit}\" means months or years; minutes are \"m\" or \"min\", days are \"d\""))
+        }
+        None => Ok(()),
     }
-    text.parse()
-        .map_err(|_| "neither a time like \"10min\" nor a moment like \"2026-01-31T12:00:00Z\"".into())
+}
+
+fn moment(text: &str) -> Result<jiff::Timestamp, String> {
+    let now = jiff::ZonedDateTime::now();
+    if let Some(moment) = text.parse().ok().or_else(|| local_moment(text, &now)) {
+        return Ok(moment);
+    }
+    no_months(text)?;
+    let ago = humantime::parse_duration(text).map_err(|_| {
+        "neither a time like \"10min\" nor a moment like \"01-31 13:00:00\", \"2026-01-31 13:00\" or \
+         \"2026-01-31T12:00:00Z\""
+    })?;
+    now.timestamp().checked_sub(ago).map_err(|error| error.to_string())
+}
+
+/// A moment of this host's time zone. Without a year, as `events` shows it, the last one that was.
+fn local_moment(text: &str, now: &jiff::ZonedDateTime) -> Option<jiff::Timestamp> {
+    let read = |text: &str| {
+        let formats = ["%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M"];
+        let time = formats.iter().find_map(|format| jiff::civil::DateTime::strptime(format, text).ok());
+        let day = || jiff::civil::Date::strptime("%Y-%m-%d", text).ok().map(|day| day.at(0, 0, 0, 0));
+        let moment = time.or_else(day)?.to_zoned_datetime(now.time_zone().clone()).ok()?;
+        Some(moment.timestamp())
+    };
+    let this_year = |year: i16| read(&format!("{year:04}-{text}"));
+    read(text).or_else(|| {
+        let moment = this_year(now.year()).filter(|moment| *moment <= now.timestamp());
+        moment.or_else(|| this_year(now.year() - 1))
+    })
 }
 
 /// `ftctl`'s main function.
@@ -234,16 +278,16 @@ const NOT_WELL: u8 = 4;
 
 impl Cli {
     async fn run(self) -> Result<ExitCode, Failure> {
-        let client = Client::new(&self.socket);
+        let client = Client::new(&self.socket, self.timeout);
         let json = self.json;
         match self.command {
             Command::Status => {
                 let status: Status = client.get("/v1/status").await?;
                 let well = status.troubles().is_empty();
                 if json {
-                    show::json(&status)?
+                    show::json(&status)?;
                 } else {
-                    show::status(&status)
+                    show::status(&status)?;
                 }
                 return Ok(if well { ExitCode::SUCCESS } else { ExitCode::from(NOT_WELL) });
             }
@@ -260,17 +304,29 @@ impl Cli {
             Command::Inject(InjectArgs { what }) => inject(&client, what, json).await?,
             Command::Doctor(file) => return doctor(&client, &file, json).await,
             Command::Config(ConfigCommand::Check { file }) => {
-                let config = Config::load(&file).map_err(|error| Failure::Local(error.to_string()))?;
+                let config = match Config::load(&file) {
+                    Ok(config) => config,
+                    Err(error) if json => {
+                        let problems = error.problems();
+                        show::json(
+                            &serde_json::json!({ "file": file, "valid": false, "problems": problems }),
+                        )?;
+                        return Ok(ExitCode::FAILURE);
+                    }
+                    Err(error) => return Err(Failure::Local(error.to_string())),
+                };
                 let (workloads, units) = (config.workloads.len(), config.units().len());
                 if json {
-                    show::json(&serde_json::json!({ "file": file, "workloads": workloads, "units": units }))?;
+                    show::json(&serde_json::json!({
+                        "file": file, "valid": true, "workloads": workloads, "units": units
+                    }))?;
                 } else {
                     show::line(&format!("{}: valid: {workloads} workloads, {units} units", file.display()));
                 }
             }
             Command::Config(ConfigCommand::Show(file)) => {
                 let config = match client.get::<serde_json::Value>("/v1/config").await {
-                    Err(Failure::Unreachable { .. }) => {
+                    Err(Failure::Down { .. }) => {
                         let config = Config::load(&file.config);
                         let config = config.map_err(|error| Failure::Local(error.to_string()))?;
                         serde_json::to_value(&config).map_err(|error| Failure::Local(error.to_string()))?
@@ -280,7 +336,9 @@ impl Cli {
                 if json { show::json(&config)? } else { show::config(&config)? }
             }
             Command::Completions { shell } => {
-                clap_complete::generate(shell, &mut Self::command(), "ftctl", &mut std::io::stdout());
+                let mut text = Vec::new();
+                clap_complete::generate(shell, &mut Self::command(), "ftctl", &mut text);
+                show::line(String::from_utf8_lossy(&text).trim_end());
             }
             Command::Man { dir } => {
                 clap_mangen::generate_to(Self::command(), &dir)
@@ -305,7 +363,7 @@ async fn events(client: &Client, args: EventsArgs, json: bool) -> Result<(), Fai
             match serde_json::from_str::<Event>(line) {
                 Ok(event) => show::event(&event),
                 // An event of a newer ftd.
-                Err(_) => show::line(line),
+                Err(_) => show::line(&show::plain(line)),
             }
         })
         .await
@@ -327,11 +385,9 @@ async fn inject(client: &Client, what: InjectCommand, json: bool) -> Result<(), 
         InjectCommand::List => {
             let status: Status = client.get("/v1/status").await?;
             if json {
-                show::json(&status.faults)?
-            } else {
-                show::faults(&status.faults)
+                return show::json(&status.faults);
             }
-            return Ok(());
+            return show::faults(&status.faults);
         }
         InjectCommand::Recover { id } => {
             let answer = client.post("/v1/recover", &Recover { id }).await?;
@@ -354,16 +410,16 @@ async fn inject(client: &Client, what: InjectCommand, json: bool) -> Result<(), 
 
 async fn doctor(client: &Client, file: &ConfigFile, json: bool) -> Result<ExitCode, Failure> {
     let (findings, alone) = match client.get::<Vec<doctor::Finding>>("/v1/doctor").await {
-        Err(failure @ Failure::Unreachable { .. }) => {
+        Err(failure @ (Failure::Down { .. } | Failure::Forbidden { .. } | Failure::Broken { .. })) => {
             let config = Config::load(&file.config).map_err(|error| Failure::Local(error.to_string()))?;
             (doctor::of_host(&config), Some(failure))
         }
         findings => (findings?, None),
     };
     if json {
-        show::json(&findings)?
+        show::json(&findings)?;
     } else {
-        show::findings(&findings)
+        show::findings(&findings)?;
     }
     if let Some(failure) = alone {
         return Err(failure);
@@ -388,6 +444,37 @@ mod tests {
         assert!((3600..3602).contains(&away), "{away}");
         assert_eq!(moment("2026-01-31T12:00:00Z").unwrap().to_string(), "2026-01-31T12:00:00Z");
         assert!(moment("yesterday-ish").unwrap_err().contains("neither a time"));
+    }
+
+    #[test]
+    fn since_takes_the_moment_that_events_shows_and_local_dates() {
+        let now: jiff::ZonedDateTime = "2026-03-01T12:00:00[Europe/Berlin]".parse().unwrap();
+        for (text, moment) in [
+            ("02-28 13:00:00.250", "2026-02-28T12:00:00.25Z"),
+            ("03-01 11:59:59", "2026-03-01T10:59:59Z"),
+            // It has not come yet this year.
+            ("12-31 23:00:00", "2025-12-31T22:00:00Z"),
+            ("2026-01-31 13:00", "2026-01-31T12:00:00Z"),
+            ("2025-07-01 13:00:01.5", "2025-07-01T11:00:01.5Z"),
+            ("2026-01-31", "2026-01-30T23:00:00Z"),
+        ] {
+            assert_eq!(local_moment(text, &now), Some(moment.parse().unwrap()), "{text}");
+        }
+        assert_eq!(local_moment("02-30 00:00:00", &now), None);
+        // What is shown can be asked for.
+        let at = jiff::Timestamp::from_millisecond(jiff::Timestamp::now().as_millisecond() - 1000).unwrap();
+        assert_eq!(moment(&show::time(at)).unwrap(), at);
+    }
+
+    #[test]
+    fn months_and_years_are_refused_where_minutes_are_meant() {
+        for text in ["30M", "1y", "2months", "1h 5M"] {
+            let error = duration(text).unwrap_err();
+            assert!(error.contains("minutes are \"m\" or \"min\""), "{text}: {error}");
+            assert!(moment(text).unwrap_err().contains("minutes are"), "{text}");
+        }
+        assert_eq!(duration("1h 30min").unwrap(), Duration::from_secs(5400));
+        assert!(duration("soon").unwrap_err().contains("like \"90s\""));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! HTTP over ftd's unix socket.
 
-use std::{io, path::PathBuf};
+use std::{io, path::PathBuf, time::Duration};
 
 use http_body_util::{BodyExt as _, Full};
 use hyper::{
@@ -11,16 +11,26 @@ use hyper::{
 };
 use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
-use tokio::net::UnixStream;
+use tokio::{net::UnixStream, time::timeout};
 
 use crate::control::{EventsQuery, Refusal};
 
 /// Why a command did not do what it should.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Failure {
-    /// Nobody answers on the socket.
+    /// Nobody answers on the socket: ftd does not run.
     #[error("ftd cannot be reached at {}: {cause}\n  mend: {mend}", socket.display())]
-    Unreachable { socket: PathBuf, cause: String, mend: &'static str },
+    Down { socket: PathBuf, cause: String, mend: &'static str },
+    /// This user may not use the socket.
+    #[error(
+        "you may not talk to ftd at {}: permission denied\n  mend: use sudo, or become a member of the group \
+         ftd (sudo adduser YOU ftd) and log in anew",
+        socket.display()
+    )]
+    Forbidden { socket: PathBuf },
+    /// ftd is there, and talking to it went wrong.
+    #[error("ftd cannot be reached at {}: {cause}\n  mend: {mend}", socket.display())]
+    Broken { socket: PathBuf, cause: String, mend: &'static str },
     /// ftd says no.
     #[error("{}\n  mend: {}", .0.error, .0.mend)]
     Refused(Refusal),
@@ -32,7 +42,7 @@ pub(super) enum Failure {
 impl Failure {
     pub(super) fn exit_code(&self) -> u8 {
         match self {
-            Self::Unreachable { .. } => 3,
+            Self::Down { .. } | Self::Forbidden { .. } | Self::Broken { .. } => 3,
             Self::Refused(_) | Self::Local(_) => 1,
         }
     }
@@ -41,24 +51,46 @@ impl Failure {
 #[derive(Debug)]
 pub(super) struct Client {
     socket: PathBuf,
+    limit: Duration,
 }
 
 impl Client {
-    pub(super) fn new(socket: &std::path::Path) -> Self {
-        Self { socket: socket.into() }
+    /// A client that waits for an answer at most for `limit`.
+    pub(super) fn new(socket: &std::path::Path, limit: Duration) -> Self {
+        Self { socket: socket.into(), limit }
     }
 
     fn unreachable(&self, cause: &io::Error) -> Failure {
-        let mend = match cause.kind() {
-            io::ErrorKind::PermissionDenied => "run as root, or as a member of the group ftd",
-            _ => "start it: systemctl start ftd (and see: journalctl -u ftd)",
-        };
-        let cause = match cause.kind() {
-            io::ErrorKind::NotFound => "there is no such socket: ftd is not running".to_owned(),
-            io::ErrorKind::ConnectionRefused => "nobody listens there: ftd is not running".to_owned(),
-            _ => cause.to_string(),
-        };
-        Failure::Unreachable { socket: self.socket.clone(), cause, mend }
+        let socket = self.socket.clone();
+        let start = "start it: systemctl start ftd (and see: journalctl -u ftd)";
+        match cause.kind() {
+            io::ErrorKind::NotFound => {
+                let cause = "there is no such socket: ftd is not running".to_owned();
+                Failure::Down { socket, cause, mend: start }
+            }
+            io::ErrorKind::ConnectionRefused => {
+                let cause = "nobody listens there: ftd is not running".to_owned();
+                Failure::Down { socket, cause, mend: start }
+            }
+            io::ErrorKind::PermissionDenied => Failure::Forbidden { socket },
+            _ => {
+                let mend = "see how ftd is: systemctl status ftd, journalctl -u ftd";
+                Failure::Broken { socket, cause: cause.to_string(), mend }
+            }
+        }
+    }
+
+    /// What `work` brings, if it does in time.
+    async fn in_time<T>(&self, work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+        match timeout(self.limit, work).await {
+            Ok(done) => done,
+            Err(_) => Err(Failure::Broken {
+                socket: self.socket.clone(),
+                cause: format!("no answer within {}", humantime::format_duration(self.limit)),
+                mend: "what was asked for may still be done: see ftctl events; wait longer with --timeout; \
+                       see: journalctl -u ftd",
+            }),
+        }
     }
 
     async fn request(
@@ -101,14 +133,12 @@ impl Client {
     }
 
     pub(super) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
-        let response = self.request(Method::GET, path, Vec::new()).await?;
-        self.answer(response).await
+        self.in_time(async { self.answer(self.request(Method::GET, path, Vec::new()).await?).await }).await
     }
 
     pub(super) async fn post(&self, path: &str, body: &impl Serialize) -> Result<serde_json::Value, Failure> {
         let body = serde_json::to_vec(body).map_err(|error| Failure::Local(error.to_string()))?;
-        let response = self.request(Method::POST, path, body).await?;
-        self.answer(response).await
+        self.in_time(async { self.answer(self.request(Method::POST, path, body).await?).await }).await
     }
 
     /// Reads a stream of lines to its end.
@@ -123,10 +153,15 @@ impl Client {
         parameters.extend(query.unit.as_ref().map(|unit| format!("unit={}", percent(unit))));
         parameters.extend(query.last.map(|last| format!("last={last}")));
         let path = format!("{path}?{}", parameters.join("&"));
-        let mut body = self.request(Method::GET, &path, Vec::new()).await?.into_body();
+        let mut body = self.in_time(self.request(Method::GET, &path, Vec::new())).await?.into_body();
         let mut rest = Vec::new();
-        while let Some(frame) = body.frame().await {
-            let frame = frame.map_err(|error| self.unreachable(&io::Error::other(error)))?;
+        loop {
+            let frame = async {
+                body.frame().await.transpose().map_err(|error| self.unreachable(&io::Error::other(error)))
+            };
+            // Who follows waits for what happens, however long nothing does.
+            let frame = if query.follow { frame.await } else { self.in_time(frame).await };
+            let Some(frame) = frame? else { break };
             let Ok(data) = frame.into_data() else { continue };
             rest.extend_from_slice(&data);
             while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
@@ -158,10 +193,32 @@ mod tests {
     #[tokio::test]
     async fn without_ftd_it_says_so_and_how_to_start_it() {
         let dir = tempfile::tempdir().unwrap();
-        let client = Client::new(&dir.path().join("ftd.sock"));
+        let client = Client::new(&dir.path().join("ftd.sock"), Duration::from_secs(5));
         let failure = client.get::<serde_json::Value>("/v1/status").await.unwrap_err();
         assert_eq!(failure.exit_code(), 3);
         let text = failure.to_string();
         assert!(text.contains("ftd is not running") && text.contains("systemctl start ftd"), "{text}");
+    }
+
+    #[test]
+    fn a_user_who_may_not_is_told_so() {
+        let client = Client::new("/run/ftd/ftd.sock".as_ref(), Duration::from_secs(5));
+        let failure = client.unreachable(&io::ErrorKind::PermissionDenied.into());
+        assert!(matches!(failure, Failure::Forbidden { .. }) && failure.exit_code() == 3);
+        let text = failure.to_string();
+        assert!(text.contains("you may not") && text.contains("member of the group ftd"), "{text}");
+        assert!(!text.contains("systemctl start"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn an_ftd_that_does_not_answer_is_not_waited_for_for_ever() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("ftd.sock");
+        let _mute = tokio::net::UnixListener::bind(&socket).unwrap();
+        let client = Client::new(&socket, Duration::from_millis(50));
+        let failure = client.get::<serde_json::Value>("/v1/status").await.unwrap_err();
+        assert!(failure.to_string().contains("no answer within 50ms"), "{failure}");
+        let failure = client.lines("/v1/events", &EventsQuery::default(), |_| {}).await.unwrap_err();
+        assert_eq!(failure.exit_code(), 3);
     }
 }

@@ -3,6 +3,7 @@
 use std::io::{IsTerminal as _, Write as _};
 
 use comfy_table::{Table, presets};
+use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use super::client::Failure;
@@ -30,14 +31,46 @@ fn paint(text: &str, colour: Colour) -> String {
     if wanted { format!("\x1b[{}m{text}\x1b[0m", colour as u8) } else { text.to_owned() }
 }
 
-/// A line on standard output. A reader who has left (`ftctl events | head`) ends the program.
+/// A line on standard output. A reader who has left (`ftctl events | head`) ends the program; a full disk
+/// behind it is an error.
 pub(super) fn line(text: &str) {
-    if writeln!(std::io::stdout(), "{text}").is_err() {
+    let Err(error) = writeln!(std::io::stdout(), "{text}") else { return };
+    if error.kind() == std::io::ErrorKind::BrokenPipe {
         std::process::exit(0);
     }
+    eprintln!("ftctl: standard output: {error}\n  mend: make room where it goes, or send it elsewhere");
+    std::process::exit(1);
 }
 
-pub(super) fn json(value: &impl serde::Serialize) -> Result<(), Failure> {
+/// `text` without what a terminal would obey: names of programs and what services say come from anybody.
+pub(super) fn plain(text: &str) -> String {
+    text.chars().fold(String::with_capacity(text.len()), |mut plain, c| {
+        if c.is_control() {
+            plain.extend(c.escape_default())
+        } else {
+            plain.push(c)
+        }
+        plain
+    })
+}
+
+/// The same for every text in `value`.
+fn all_plain<T: Serialize + DeserializeOwned>(value: &T) -> Result<T, Failure> {
+    fn walk(value: &mut Value) {
+        match value {
+            Value::String(text) => *text = plain(text),
+            Value::Array(all) => all.iter_mut().for_each(walk),
+            Value::Object(all) => all.values_mut().for_each(walk),
+            _ => {}
+        }
+    }
+    let strange = |error: serde_json::Error| Failure::Local(error.to_string());
+    let mut value = serde_json::to_value(value).map_err(strange)?;
+    walk(&mut value);
+    serde_json::from_value(value).map_err(strange)
+}
+
+pub(super) fn json(value: &impl Serialize) -> Result<(), Failure> {
     let text = serde_json::to_string_pretty(value).map_err(|error| Failure::Local(error.to_string()))?;
     line(&text);
     Ok(())
@@ -69,7 +102,7 @@ fn table(header: &[&str]) -> Table {
     table
 }
 
-fn time(at: jiff::Timestamp) -> String {
+pub(super) fn time(at: jiff::Timestamp) -> String {
     at.to_zoned_datetime(jiff::tz::TimeZone::system()).strftime("%m-%d %H:%M:%S%.3f").to_string()
 }
 
@@ -81,7 +114,8 @@ fn took(ms: u64) -> String {
     if ms < 10_000 { format!("{ms} ms") } else { seconds(ms / 1000) }
 }
 
-pub(super) fn status(status: &Status) {
+pub(super) fn status(status: &Status) -> Result<(), Failure> {
+    let status = &all_plain(status)?;
     let probe = match &status.probe.cause {
         None => format!("eBPF, reader {}", status.probe.realtime),
         Some(cause) => paint(&format!("{} (no eBPF: {cause})", status.probe.source), Colour::Yellow),
@@ -106,7 +140,7 @@ pub(super) fn status(status: &Status) {
     }
     if !status.faults.is_empty() {
         line("");
-        faults(&status.faults);
+        faults(&status.faults)?;
     }
     if let Some(cause) = &status.journal {
         line(&paint(&format!("the journal cannot be written: {cause}"), Colour::Red));
@@ -114,6 +148,7 @@ pub(super) fn status(status: &Status) {
     for (place, count) in status.probe.drops.iter().filter(|(_, count)| *count > 0) {
         line(&paint(&format!("lost: {count} events ({place})"), Colour::Yellow));
     }
+    Ok(())
 }
 
 fn row(unit: &UnitStatus) -> [String; 8] {
@@ -165,21 +200,23 @@ fn row(unit: &UnitStatus) -> [String; 8] {
     ]
 }
 
-pub(super) fn faults(faults: &[Record]) {
+pub(super) fn faults(faults: &Vec<Record>) -> Result<(), Failure> {
     if faults.is_empty() {
         line("no fault is under way");
-        return;
+        return Ok(());
     }
+    let faults = all_plain(faults)?;
     let mut rows = table(&["FAULT", "UNIT", "WHAT", "BEGAN", "ENDS"]);
-    for fault in faults {
+    for fault in &faults {
         let ends = fault.ends.map_or("-".into(), time);
         rows.add_row([&fault.id, &fault.unit, &fault.detail, &time(fault.begun), &ends]);
     }
     line(&rows.trim_fmt());
+    Ok(())
 }
 
-pub(super) fn findings(findings: &[Finding]) {
-    for finding in findings {
+pub(super) fn findings(findings: &Vec<Finding>) -> Result<(), Failure> {
+    for finding in all_plain(findings)? {
         let grade = match finding.grade {
             Grade::Ok => paint("ok  ", Colour::Green),
             Grade::Warn => paint("warn", Colour::Yellow),
@@ -190,6 +227,7 @@ pub(super) fn findings(findings: &[Finding]) {
             line(&format!("      mend: {}", finding.mend));
         }
     }
+    Ok(())
 }
 
 fn text<'a>(value: &'a Value, key: &str) -> &'a str {
@@ -217,6 +255,8 @@ pub(super) fn injected(record: &Record) {
 }
 
 pub(super) fn event(event: &Event) {
+    // What was read as an event is one still.
+    let Ok(event) = all_plain(event) else { return };
     let op = event.op.map(|op| op.to_string()).unwrap_or_default();
     let unit = event.unit.as_deref().unwrap_or("-");
     let (what, colour) = describe(&event.kind);
@@ -335,5 +375,32 @@ fn describe(kind: &Kind) -> (String, Option<Colour>) {
         Kind::FaultInjected { id, detail, .. } => (format!("FAULT {id}: {detail}"), Some(Yellow)),
         Kind::FaultUndone { id, why } => (format!("fault {id} is over ({why})"), None),
         Kind::FaultTrouble { id, error } => (format!("fault {id}: {error}"), Some(Red)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_terminal_would_obey_is_shown_and_not_sent() {
+        assert_eq!(plain("evil\u{1b}[2J\u{9b}31m\u{7}\n \u{e4}"), "evil\\u{1b}[2J\\u{9b}31m\\u{7}\\n \u{e4}");
+        let kind = Kind::HealthFailed {
+            check: "exec:/x".into(),
+            error: "\u{1b}]0;title\u{7}".into(),
+            failures: 3,
+            proven: true,
+        };
+        let event = Event {
+            seq: 1,
+            time: jiff::Timestamp::UNIX_EPOCH,
+            node: "n".into(),
+            unit: Some("a\r.service".into()),
+            op: None,
+            kind,
+        };
+        let event = all_plain(&event).unwrap();
+        assert!(!describe(&event.kind).0.contains(char::is_control));
+        assert_eq!(event.unit.as_deref(), Some("a\\r.service"));
     }
 }
