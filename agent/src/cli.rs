@@ -473,7 +473,7 @@ mod tests {
             assert!(error.contains("minutes are \"m\" or \"min\""), "{text}: {error}");
             assert!(moment(text).unwrap_err().contains("minutes are"), "{text}");
         }
-        assert_eq!(duration("1h 30min").unwrap(), Duration::from_secs(5400));
+        assert_eq!(duration("1h 30min").unwrap(), Duration::from_mins(90));
         assert!(duration("soon").unwrap_err().contains("like \"90s\""));
     }
 

@@ -26,7 +26,7 @@ pub use explain::{ConfigError, Problem};
 /// Where the packaged configuration lives.
 pub const DEFAULT_PATH: &str = "/etc/ftd/ftd.toml";
 
-/// TimeoutStartSec= and TimeoutStopSec= of ftd.service.
+/// `TimeoutStartSec=` and `TimeoutStopSec=` of ftd.service.
 const START_LIMIT: Duration = Duration::from_secs(30);
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 
@@ -551,7 +551,7 @@ impl Config {
                 "leave it out for its default, 64; to have no status on TCP, leave out status.listen".into(),
             );
         }
-        if !(Duration::from_millis(100)..=Duration::from_secs(3600)).contains(&self.status.idle) {
+        if !(Duration::from_millis(100)..=Duration::from_hours(1)).contains(&self.status.idle) {
             let idle = humantime::format_duration(self.status.idle);
             say(
                 key(&["status", "idle"]),

@@ -46,9 +46,9 @@ pub(super) fn line(text: &str) {
 pub(super) fn plain(text: &str) -> String {
     text.chars().fold(String::with_capacity(text.len()), |mut plain, c| {
         if c.is_control() {
-            plain.extend(c.escape_default())
+            plain.extend(c.escape_default());
         } else {
-            plain.push(c)
+            plain.push(c);
         }
         plain
     })

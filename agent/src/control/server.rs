@@ -91,11 +91,10 @@ const ACCEPT_AGAIN: Duration = Duration::from_secs(1);
 
 /// Lets the kernel end a connection whose other side takes nothing, or is gone, for `limit`.
 fn end_if_deaf(stream: &TcpStream, limit: Duration) -> nix::Result<()> {
-    let limit_ms = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
-    setsockopt(stream, sockopt::TcpUserTimeout, &limit_ms)?;
+    let millis = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
+    setsockopt(stream, sockopt::TcpUserTimeout, &millis)?;
     setsockopt(stream, sockopt::KeepAlive, &true)?;
-    let limit_s = u32::try_from(limit.as_secs()).unwrap_or(u32::MAX).max(1);
-    setsockopt(stream, sockopt::TcpKeepIdle, &limit_s)
+    setsockopt(stream, sockopt::TcpKeepIdle, &(millis / 1000).max(1))
 }
 
 /// Listens for [`serve_tcp`]. An address that cannot be had is told once, and tried again until it can: it
@@ -293,11 +292,10 @@ async fn recover(
 }
 
 async fn events(State(app): State<Arc<App>>, Query(query): Query<EventsQuery>) -> Result<Response, Refusal> {
-    let unit = match &query.unit {
-        // A unit that is no longer under care may still be asked for.
-        Some(name) => Some(app.supervisor.find(name).map_or_else(|_| config::unit_name(name), |(_, id)| id)),
-        None => None,
-    };
+    // A unit that is no longer under care may still be asked for.
+    let id_of =
+        |name: &String| app.supervisor.find(name).map_or_else(|_| config::unit_name(name), |(_, id)| id);
+    let unit = query.unit.as_ref().map(id_of);
     let (recent, follower) = app.bus.recent_and_follow();
     let oldest = recent.first().map(|event| event.seq);
     let wanted = journal::Query { since: query.since, unit, before: None };

@@ -838,7 +838,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         filled(dir.path(), 1);
         let mut writer = refused(dir.path(), 1 << 20);
-        writer.settings.retry = std::time::Duration::from_secs(3600);
+        writer.settings.retry = std::time::Duration::from_hours(1);
         let (bus, queue) = Bus::new("n".into(), 1);
         let weak = Arc::downgrade(&bus);
         let path = segments(dir.path()).unwrap().pop().unwrap().1;
