@@ -168,7 +168,8 @@ async fn serve(config: Config) -> Result<()> {
     }
 
     let life = async {
-        if tokio::time::timeout(ready_within, first_look(&app)).await.is_err() {
+        // So that who waited for ftd is not shown `unknown`.
+        if tokio::time::timeout(ready_within, app.systemd.looked()).await.is_err() {
             tracing::warn!("ready, though systemd has not told of every unit yet");
         }
         notify(&[sd_notify::NotifyState::Ready]);
@@ -180,12 +181,15 @@ async fn serve(config: Config) -> Result<()> {
         () = life => {}
     }
     notify(&[sd_notify::NotifyState::Stopping]);
-    if tokio::time::timeout(stop_within, app.faults.end_all()).await.is_err() {
-        tracing::error!("faults are not undone yet: the next start of ftd tries again");
-    }
-    let change = *app.supervisor.changes().borrow();
-    if tokio::time::timeout(PATIENCE, app.saving.settled(change)).await.is_err() {
-        tracing::error!("the last holds and attempts may not be saved");
+    let last_deeds = async {
+        app.faults.end_all().await;
+        let change = *app.supervisor.changes().borrow();
+        app.saving.settled(change).await
+    };
+    match tokio::time::timeout(stop_within, last_deeds).await {
+        Ok(Ok(())) => {}
+        Ok(Err(cause)) => tracing::error!(cause, "the last holds and attempts are not saved"),
+        Err(_) => tracing::error!("not all faults are undone: the next start of ftd goes on with it"),
     }
     bus.emit(None, None, Kind::AgentStopped {});
     drop(app);
@@ -208,16 +212,6 @@ fn set_aside(path: &Path, error: &std::io::Error) -> Kind {
     let mend =
         format!("holds, units given up and attempts are forgotten: hold again what is to be held; {kept}");
     Kind::StateDamaged { file, cause, mend }
-}
-
-/// Waits until systemd has told of every unit, so that who waited for ftd is not shown `unknown`.
-async fn first_look(app: &App) {
-    // Nothing announces it, and it takes milliseconds, once.
-    let mut turns = tokio::time::interval(Duration::from_millis(10));
-    let known = || app.supervisor.status().iter().all(|unit| !unit.load_state.is_empty());
-    while !(app.systemd.connected() && known()) {
-        turns.tick().await;
-    }
 }
 
 /// Waits until the journal has all events; not for long. Says how many it has not.

@@ -16,7 +16,7 @@ use std::{
 
 use futures_util::StreamExt as _;
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     task::JoinSet,
     time::timeout,
 };
@@ -82,6 +82,7 @@ pub enum JobError {
 #[derive(Debug, Clone, Default)]
 pub struct Systemd {
     connection: Arc<Mutex<Option<Connection>>>,
+    looked: Arc<watch::Sender<bool>>,
     jobs: Arc<Mutex<Jobs>>,
 }
 
@@ -99,6 +100,12 @@ impl Systemd {
     /// Whether there is a connection.
     pub fn connected(&self) -> bool {
         lock(&self.connection).is_some()
+    }
+
+    /// Waits until every unit has been looked at for the first time.
+    pub async fn looked(&self) {
+        // The sender lives as long as this handle.
+        let _ = self.looked.subscribe().wait_for(|looked| *looked).await;
     }
 
     fn connection(&self) -> Result<Connection, JobError> {
@@ -147,6 +154,7 @@ impl Systemd {
         for index in 0..units.len() {
             book.report(index, sink);
         }
+        self.looked.send_replace(true);
         while let Some(message) = messages.recv().await {
             let message = message?;
             if message.message_type() != Type::Signal {
