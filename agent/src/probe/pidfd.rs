@@ -3,7 +3,8 @@
 //! Only processes that were named are seen, and only their end. A pidfd becomes readable when the
 //! process has ended; how it ended must be asked then, and is in one of three places: with the
 //! kernel's record of reaped processes (`PIDFD_GET_INFO` with `PIDFD_INFO_EXIT`, Linux 6.15), with
-//! the zombie in /proc while nobody has reaped it, or nowhere.
+//! the zombie in /proc while nobody has reaped it, or nowhere. The zombie cannot tell a good end: its
+//! status is shown as 0 to those who may not see it, too.
 #![allow(unsafe_code, reason = "pidfd_open and its ioctl have no safe wrappers in nix")]
 
 use std::{
@@ -93,7 +94,10 @@ pub struct PidfdWatch {
 
 impl PidfdWatch {
     /// Starts the thread that calls `sink` with a [`ProbeEvent::Exit`] for each process that ends.
+    /// Fails where the kernel, or a filter of system calls, has no pidfds to give.
     pub fn start(sink: impl FnMut(ProbeEvent) + Send + 'static) -> Result<Self, PidfdError> {
+        let pid = std::process::id();
+        pidfd_open(pid).map_err(|error| PidfdError::Open { pid, error: error.into() })?;
         let start = |error: Errno| PidfdError::Start(error.into());
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(start)?;
         let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map_err(start)?;
@@ -174,11 +178,13 @@ fn wait(shared: &Shared, mut sink: impl FnMut(ProbeEvent)) {
 
 impl Watched {
     fn exit(self, at: BootNs) -> ProbeEvent {
-        let status = exit_info(&self.pidfd).or_else(|| {
+        let zombie = || {
             let stat = Stat::read(self.stat.pid)?;
             let same = stat.start_ticks == self.stat.start_ticks && stat.state == 'Z';
             same.then_some(stat.exit_code).flatten()
-        });
+        };
+        // Asked again at last: it may have been reaped in between.
+        let status = exit_info(&self.pidfd).or_else(zombie).or_else(|| exit_info(&self.pidfd));
         let started = self.stat.start_ticks.saturating_mul(1_000_000_000 / ticks_per_second());
         ProbeEvent::Exit {
             at,
@@ -245,7 +251,12 @@ fn ticks_per_second() -> u64 {
 }
 
 fn uid(pid: u32) -> Option<u32> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let status = fs::read(format!("/proc/{pid}/status")).ok()?;
+    parse_uid(&String::from_utf8_lossy(&status))
+}
+
+/// The real user id; the name above it may be no UTF-8.
+fn parse_uid(status: &str) -> Option<u32> {
     let uids = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
     uids.split_whitespace().next()?.parse().ok()
 }
@@ -259,7 +270,8 @@ struct Stat {
     ppid: u32,
     /// Since boot.
     start_ticks: u64,
-    /// Wait status, if it may be read.
+    /// Wait status of a zombie. `None` when it is shown as 0: that is a good end, or one that the
+    /// reader may not see (`ptrace_may_access` in `fs/proc/array.c`), and nobody can tell which.
     exit_code: Option<i32>,
 }
 
@@ -282,7 +294,7 @@ impl Stat {
             state: field(3)?.chars().next()?,
             ppid: field(4)?.parse().ok()?,
             start_ticks: field(22)?.parse().ok()?,
-            exit_code: field(52).and_then(|code| code.parse().ok()),
+            exit_code: field(52).and_then(|code| code.parse().ok()).filter(|code| *code != 0),
         })
     }
 }
@@ -300,19 +312,58 @@ mod tests {
 
     #[test]
     fn a_name_may_hold_parentheses() {
-        let mut text = String::from("12 (a) b (c) S 1");
-        for number in 5..=52 {
-            text = format!("{text} {number}");
-        }
-        let stat = Stat::parse(&text).unwrap();
+        let stat = Stat::parse(&format!("12 (a) b (c) S 1 {}", fields_to(51) + " 52")).unwrap();
         assert_eq!((stat.pid, stat.comm.as_str(), stat.state, stat.ppid), (12, "a) b (c", 'S', 1));
         assert_eq!((stat.start_ticks, stat.exit_code), (22, Some(52)));
         assert_eq!(Stat::parse("12 (a"), None);
         assert_eq!(Stat::parse("12 (a) S"), None);
     }
 
+    /// From the fifth field on, each its own number.
+    fn fields_to(last: usize) -> String {
+        (5..=last).map(|number| number.to_string()).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn a_status_of_zero_is_none() {
+        let of = |status: &str| Stat::parse(&format!("12 (a) Z 1 {} {status}", fields_to(51))).unwrap();
+        assert_eq!(of("11").exit_code, Some(11));
+        assert_eq!(of("256").exit_code, Some(256));
+        assert_eq!(of("0").exit_code, None, "what may not be seen is shown as 0");
+        assert_eq!(of("").exit_code, None);
+    }
+
+    #[test]
+    fn a_user_is_found_below_any_name() {
+        let status = b"Name:\t\xff\xfe\nUmask:\t0022\nUid:\t33\t0\t0\t0\nGid:\t1\n";
+        assert_eq!(parse_uid(&String::from_utf8_lossy(status)), Some(33));
+        assert_eq!(parse_uid("Name:\ta\n"), None);
+        assert_eq!(uid(std::process::id()), Some(nix::unistd::getuid().as_raw()));
+    }
+
     fn child() -> std::process::Child {
         Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap()
+    }
+
+    #[test]
+    fn a_good_end_is_told_by_the_kernels_record_alone() {
+        let mut child = child();
+        let pidfd = pidfd_open(child.id()).unwrap();
+        let stat = Stat::read(child.id()).unwrap();
+        let watched = |pidfd| Watched { slot: Slot(0), pidfd, stat: stat.clone(), uid: 0 };
+        let status = |watched: Watched| {
+            let ProbeEvent::Exit { status, .. } = watched.exit(BootNs(boot_ns())) else { panic!() };
+            status
+        };
+        drop(child.stdin.take());
+        while Stat::read(child.id()).unwrap().state != 'Z' {
+            thread::yield_now();
+        }
+        assert_eq!(status(watched(pidfd.try_clone().unwrap())), None, "a zombie cannot tell");
+        child.wait().unwrap();
+        // before Linux 6.15 nobody can
+        let told = status(watched(pidfd));
+        assert!(matches!(told, None | Some(ExitStatus::Code(0))), "{told:?}");
     }
 
     fn next(events: &mpsc::Receiver<ProbeEvent>) -> ProbeEvent {
@@ -338,7 +389,9 @@ mod tests {
     fn an_unwatched_process_is_forgotten() {
         let (send, events) = mpsc::channel();
         let watch = PidfdWatch::start(move |event| send.send(event).unwrap()).unwrap();
-        let (mut first, mut second) = (child(), child());
+        let mut first = child();
+        let mut second =
+            Command::new("sh").args(["-c", "read _; exit 7"]).stdin(Stdio::piped()).spawn().unwrap();
         watch.watch(Slot(0), first.id()).unwrap();
         watch.watch(Slot(1), second.id()).unwrap();
         watch.unwatch(Slot(0));
@@ -346,7 +399,7 @@ mod tests {
         first.wait().unwrap();
         drop(second.stdin.take());
         let ProbeEvent::Exit { slot, status, .. } = next(&events) else { panic!() };
-        assert_eq!((slot, status), (Some(Slot(1)), Some(ExitStatus::Code(0))));
+        assert_eq!((slot, status), (Some(Slot(1)), Some(ExitStatus::Code(7))));
         second.wait().unwrap();
         drop(watch);
         assert!(events.recv().is_err(), "the thread has ended, and the sink with it");
