@@ -11,7 +11,6 @@
 
 mod bpf;
 pub mod btf;
-mod cgroups;
 mod decode;
 mod names;
 mod pidfd;

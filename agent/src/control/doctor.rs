@@ -65,7 +65,7 @@ pub fn of_host(config: &Config) -> Vec<Finding> {
         Err(_) => ok("kernel lockdown", "not in this kernel"),
     });
     all.push(match cgroup::unified_mount() {
-        Some(mount) if mount.join("cgroup.controllers").exists() => {
+        Ok(mount) if mount.join("cgroup.controllers").exists() => {
             ok("cgroup v2", mount.display().to_string())
         }
         _ => finding(

@@ -22,11 +22,11 @@ use aya::{
 use super::{
     Cost, Drops, Missing, ProbeError, ProbeEvent, ProbeOptions, Realtime, Slot, WatchError,
     btf::{BtfTypes, RUNNING_KERNEL},
-    cgroups,
     names::Names,
     page_size,
     reader::Reader,
 };
+use crate::unit::cgroup;
 
 /// agent-ebpf, as agent/build.rs built it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/agent-ebpf"));
@@ -104,7 +104,7 @@ impl Probe {
         options: &ProbeOptions,
         sink: impl FnMut(ProbeEvent) + Send + 'static,
     ) -> Result<Self, ProbeError> {
-        let mount = cgroups::mount().map_err(ProbeError::Cgroup)?;
+        let mount = cgroup::unified_mount().map_err(ProbeError::Cgroup)?;
         let (config, mut missing) = configure(options)?;
         let btf = Btf::from_sys_fs()
             .map_err(|error| ProbeError::NoBtf { path: RUNNING_KERNEL, cause: error.to_string() })?;

@@ -28,8 +28,8 @@ use std::{
 
 use nix::time::{ClockId, clock_gettime};
 
-use super::{Probe, ProbeEvent, ProbeOptions, Slot, cgroups};
-use crate::event::ExitStatus;
+use super::{Probe, ProbeEvent, ProbeOptions, Slot};
+use crate::{event::ExitStatus, unit::cgroup};
 
 /// How long an event may take to come. Long, for emulated machines; it does not slow a good run.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -174,7 +174,7 @@ impl Scene {
         let sink = move |event| _ = send.send(event);
         let options = ProbeOptions { ring_bytes: 1 << 20, ..ProbeOptions::default() };
         let probe = Probe::start(&options, sink).map_err(|error| error.to_string())?;
-        let mount = cgroups::mount()?;
+        let mount = cgroup::unified_mount()?;
         let run = RUNS.fetch_add(1, Ordering::Relaxed);
         let name = format!("ftd-probe-test-{}-{run}.slice", std::process::id());
         // nothing of it exists yet, not even the slice
@@ -792,19 +792,16 @@ fn ordinary_death_elsewhere(scene: &Scene) -> Check {
 /// own, and the process must be in both.
 fn limit_memory(scene: &Scene, bytes: u64) -> Result<Option<Dir>, Verdict> {
     let limit = bytes.to_string();
-    let v1 = cgroups::mounts()?
-        .into_iter()
-        .find(|mount| mount.kind == "cgroup" && mount.options.split(',').any(|option| option == "memory"));
-    if let Some(mount) = v1 {
+    if let Some(mount) = cgroup::v1_memory_mount() {
         let name = scene.slice.0.file_name().unwrap_or_else(|| OsStr::new("ftd-probe-test"));
-        let dir = Dir::make(mount.point.join(name))
+        let dir = Dir::make(mount.join(name))
             .map_err(|error| Verdict::Skip(format!("no memory cgroup can be made: {error}")))?;
         fs::write(dir.0.join("memory.limit_in_bytes"), &limit)?;
         // where swap is accounted for
         let _ = fs::write(dir.0.join("memory.memsw.limit_in_bytes"), &limit);
         return Ok(Some(dir));
     }
-    let mount = cgroups::mount()?;
+    let mount = cgroup::unified_mount()?;
     let has_memory = |dir: &Path| {
         fs::read_to_string(dir.join("cgroup.controllers"))
             .is_ok_and(|controllers| controllers.split_whitespace().any(|controller| controller == "memory"))
