@@ -159,6 +159,8 @@ pub struct ProbeOptions {
     /// Size of the ring buffer; rounded up to a power of two that is a multiple of the page size.
     /// An exit takes 80 bytes of it.
     pub ring_bytes: u32,
+    /// How many control groups the filter holds: those of watched units, and all above and below.
+    pub cgroups: u32,
     /// `SCHED_FIFO` priority of the reader thread, 1 to 99; `None` leaves it an ordinary thread.
     pub realtime_priority: Option<u8>,
     /// Whether abnormal deaths outside watched units are reported.
@@ -173,6 +175,7 @@ impl Default for ProbeOptions {
     fn default() -> Self {
         Self {
             ring_bytes: 1 << 20,
+            cgroups: 16384,
             realtime_priority: Some(10),
             elsewhere: true,
             quiet_deaths: Signals::ORDINARY_ENDS,

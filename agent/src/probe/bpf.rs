@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashSet,
+    ffi::{OsStr, OsString},
     fmt, fs, io,
     os::{
         fd::{AsFd as _, AsRawFd as _},
@@ -56,8 +57,12 @@ const MKDIR_FIELDS: [(&str, &str); 5] = [
 /// How often a cgroup may be replaced while it is being looked at, before the look is given up.
 const REPLACED: usize = 16;
 
+/// How often what is left of a slot is looked for. Twice is usual, more often only while cgroups are
+/// made at that very moment.
+const FORGETTING: usize = 16;
+
 /// Plain memory for aya, which the orphan rule keeps from the shared types themselves.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 #[repr(transparent)]
 struct Plain<T: Copy>(T);
 
@@ -113,6 +118,7 @@ impl Probe {
         loader.btf(Some(&btf));
         loader.override_global("CONFIG", &config, true);
         loader.map_max_entries("EVENTS", options.ring_entries(page_size() as u32));
+        loader.map_max_entries("WATCHED", options.cgroups.max(1));
         let mut ebpf = loader.load(OBJECT).map_err(load_error)?;
 
         let mut follows = !missing.iter().any(|missing| missing.effect == NOT_FOLLOWED);
@@ -157,18 +163,8 @@ impl Probe {
             });
         }
         let mut maps = self.maps();
-        let way = maps.tree.insert(slot, control_group)?;
-        let done = (|| {
-            // first the names, so that what is made from now on is seen by the kernel side; then
-            // what there is
-            for node in way {
-                if let Some(key) = maps.tree.key(node) {
-                    let value = maps.tree.value(node);
-                    maps.names.insert(Plain(key), Plain(value), 0).map_err(full)?;
-                }
-            }
-            maps.place(&self.mount, ROOT_NODE, NO_SLOT)
-        })();
+        let nodes = maps.tree.insert(slot, control_group)?;
+        let done = maps.follow(&self.mount, slot, &nodes);
         if done.is_err() {
             // the first error is the one to tell
             let _ = maps.forget(&self.mount, slot);
@@ -181,10 +177,11 @@ impl Probe {
         self.maps().forget(&self.mount, slot)
     }
 
-    /// Looks through the watched part of the cgroup file system again. Only needed where
-    /// [`Probe::follows_in_kernel`] is false, after a unit has started.
+    /// Looks through the watched part of the cgroup file system again: enters what is not in the
+    /// filter, and takes out what is gone. Needed where [`Probe::follows_in_kernel`] is false, after
+    /// a unit has started; and everywhere after the filter was full, see [`Drops::cgroups_full`].
     pub fn refresh(&self) -> Result<(), WatchError> {
-        self.maps().place(&self.mount, ROOT_NODE, NO_SLOT)
+        self.maps().refresh(&self.mount)
     }
 
     /// Whether control groups that are made anew are recognised at once, by the kernel side.
@@ -245,82 +242,216 @@ impl Probe {
     }
 }
 
+/// A directory of the cgroup file system that is to be entered.
+struct Place {
+    dir: PathBuf,
+    /// Its node in the tree of names, or [`NO_NODE`].
+    node: u32,
+    /// The slot of what is above it.
+    inherited: u32,
+}
+
+/// What a walk through the cgroup file system came to.
+struct Walk {
+    /// Ids of all cgroups that were there.
+    met: HashSet<u64>,
+    /// Whether all directories could be looked at.
+    whole: bool,
+    /// The first thing that went wrong.
+    error: Option<WatchError>,
+}
+
+impl Walk {
+    fn done(self) -> Result<(), WatchError> {
+        self.error.map_or(Ok(()), Err)
+    }
+}
+
 impl Maps {
-    /// Enters the cgroup at `dir`, whose node this is, and what is below it. Inserting before
-    /// looking below makes sure that a child is seen here or by the kernel side.
-    fn place(&mut self, dir: &Path, node: u32, inherited: u32) -> Result<(), WatchError> {
-        let mut value = self.tree.value(node);
-        if value.slot == NO_SLOT {
-            value.slot = inherited;
-        }
-        let mut tries = 0;
-        while let Some(id) = inode(dir)? {
-            self.watched.insert(id, Plain(value), 0).map_err(full)?;
-            if inode(dir)? == Some(id) || tries == REPLACED {
-                break;
-            }
-            // It went away in between, maybe before it was inserted.
-            let _ = self.watched.remove(&id);
-            tries += 1;
-        }
-        let named = if node == NO_NODE { Vec::new() } else { self.tree.children(node) };
-        for (name, child) in &named {
-            self.place(&dir.join(name), *child, value.slot)?;
-        }
-        if value.slot == NO_SLOT {
-            return Ok(());
-        }
-        let entries = match fs::read_dir(dir) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(error) => return Err(WatchError::Io { path: dir.to_owned(), error }),
-        };
-        for entry in entries.flatten() {
-            let is_named = named.iter().any(|(name, _)| entry.file_name() == name.as_str());
-            if !is_named && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                self.place(&entry.path(), NO_NODE, value.slot)?;
+    /// Enters a slot's names, then its cgroups: so that what is made from now on is seen by the
+    /// kernel side, and what there is, here.
+    fn follow(&mut self, mount: &Path, slot: Slot, nodes: &[u32]) -> Result<(), WatchError> {
+        for &node in nodes {
+            if let Some(key) = self.tree.key(node) {
+                put(&mut self.names, Plain(key), Plain(self.tree.value(node)))?;
             }
         }
-        Ok(())
+        let way = self.tree.way(slot).unwrap_or_default();
+        self.place(mount, &way)
     }
 
-    /// Names first, then ids; then what another watched path still covers is entered again.
+    /// Enters the cgroups on this way from the root, and all that is below its end.
+    fn place(&mut self, mount: &Path, way: &[(String, u32)]) -> Result<(), WatchError> {
+        let mut place = Place { dir: mount.to_owned(), node: ROOT_NODE, inherited: NO_SLOT };
+        for (name, node) in way {
+            let (_, inherited) = self.enter(&place)?;
+            place = Place { dir: place.dir.join(name), node: *node, inherited };
+        }
+        self.walk(place).done()
+    }
+
+    /// Enters a cgroup and all that is below it.
+    ///
+    /// A cgroup is entered before it is looked into, so a child is seen here or by the kernel side.
+    /// One that cannot be entered does not keep the others from being so. Below a unit's own cgroup,
+    /// where the unit may make what it likes, that is no error: a path may be too long for any
+    /// system call.
+    fn walk(&mut self, from: Place) -> Walk {
+        let mut walk = Walk { met: HashSet::new(), whole: true, error: None };
+        let mut left = vec![from];
+        while let Some(place) = left.pop() {
+            let mut note = |error| match error {
+                WatchError::Io { path, error } if place.node == NO_NODE => {
+                    tracing::warn!(path = %path.display(), %error, "a control group is not watched");
+                    walk.whole = false;
+                }
+                error => {
+                    walk.whole &= matches!(error, WatchError::Full);
+                    walk.error.get_or_insert(error);
+                }
+            };
+            let (id, slot) = match self.enter(&place) {
+                Ok((Some(id), slot)) => (id, slot),
+                Ok((None, _)) => continue,
+                Err(error) => {
+                    note(error);
+                    continue;
+                }
+            };
+            let below = |name: &OsStr, node| Place { dir: place.dir.join(name), node, inherited: slot };
+            let children = self.tree.children(place.node);
+            left.extend(children.iter().map(|(name, node)| below(name.as_ref(), *node)));
+            if slot != NO_SLOT {
+                let mut others = directories(&place.dir).unwrap_or_else(|error| {
+                    note(error);
+                    Vec::new()
+                });
+                others.retain(|name| children.iter().all(|(child, _)| name != child.as_str()));
+                left.extend(others.iter().map(|name| below(name, NO_NODE)));
+            }
+            walk.met.insert(id);
+        }
+        walk
+    }
+
+    /// Enters one cgroup; returns its id, if it exists, and the slot that those below it inherit.
+    fn enter(&mut self, place: &Place) -> Result<(Option<u64>, u32), WatchError> {
+        let mut value = self.tree.value(place.node);
+        if value.slot == NO_SLOT {
+            value.slot = place.inherited;
+        }
+        if value == (Watched { slot: NO_SLOT, node: NO_NODE }) {
+            return Ok((None, NO_SLOT));
+        }
+        let mut found = inode(&place.dir)?;
+        for _ in 0..REPLACED {
+            let Some(id) = found else { break };
+            put(&mut self.watched, id, Plain(value))?;
+            found = inode(&place.dir)?;
+            if found == Some(id) {
+                break;
+            }
+            // It went away in between, maybe before it was entered.
+            let _ = self.watched.remove(&id);
+        }
+        Ok((found, value.slot))
+    }
+
+    /// Enters all that is watched, and takes out what is not there any more.
+    fn refresh(&mut self, mount: &Path) -> Result<(), WatchError> {
+        // What the kernel side enters from now on may not be met, but is not gone.
+        let known: HashSet<u64> = self.watched.keys().filter_map(Result::ok).collect();
+        let walk = self.walk(Place { dir: mount.to_owned(), node: ROOT_NODE, inherited: NO_SLOT });
+        if walk.whole {
+            for id in known.difference(&walk.met) {
+                let _ = self.watched.remove(id);
+            }
+        }
+        walk.done()
+    }
+
+    /// Names first, then cgroups: what another watched path covers becomes its own before the rest
+    /// is taken out. A cgroup that is being made may get what its parent was a moment before, so it
+    /// is done again until nothing of the slot is left.
     fn forget(&mut self, mount: &Path, slot: Slot) -> Result<(), WatchError> {
-        let Some(own) = self.tree.of(slot) else { return Ok(()) };
-        let removed = self.tree.remove(slot);
+        let Some(mut way) = self.tree.way(slot) else { return Ok(()) };
         let mut gone = HashSet::new();
-        for (node, key) in removed {
+        for (node, key) in self.tree.remove(slot) {
             gone.insert(node);
             let _ = self.names.remove(&Plain(key));
         }
-        if !gone.contains(&own)
-            && let Some(key) = self.tree.key(own)
+        if let Some((_, own)) = way.last()
+            && let Some(key) = self.tree.key(*own)
         {
-            self.names.insert(Plain(key), Plain(self.tree.value(own)), 0).map_err(full)?;
+            put(&mut self.names, Plain(key), Plain(self.tree.value(*own)))?;
         }
-        let stale: Vec<u64> = self
-            .watched
-            .iter()
-            .filter_map(Result::ok)
-            .filter(|(_, Plain(value))| value.slot == slot.0 || gone.contains(&value.node))
-            .map(|(id, _)| id)
-            .collect();
-        for id in stale {
-            let _ = self.watched.remove(&id);
+        for (_, node) in way.iter_mut().filter(|(_, node)| gone.contains(node)) {
+            *node = NO_NODE;
         }
-        self.place(mount, ROOT_NODE, NO_SLOT)
+        for _ in 0..FORGETTING {
+            let placed = self.place(mount, &way);
+            let stale: Vec<u64> = self
+                .watched
+                .iter()
+                .filter_map(Result::ok)
+                .filter(|(_, Plain(value))| value.slot == slot.0 || gone.contains(&value.node))
+                .map(|(id, _)| id)
+                .collect();
+            if stale.is_empty() {
+                return placed;
+            }
+            for id in stale {
+                let _ = self.watched.remove(&id);
+            }
+        }
+        Err(WatchError::Map("cgroups of a unit that is not watched any more stay in it".into()))
     }
+}
+
+/// Enters a value, unless it is there. The memory of a value that is replaced goes to the next one
+/// that is entered, which a program that still reads it then takes for its own: so what is right is
+/// left as it is.
+fn put<K: aya::Pod, V: aya::Pod + PartialEq>(
+    map: &mut HashMap<MapData, K, V>,
+    key: K,
+    value: V,
+) -> Result<(), WatchError> {
+    if map.get(&key, 0).is_ok_and(|there| there == value) {
+        return Ok(());
+    }
+    map.insert(key, value, 0).map_err(full)
 }
 
 /// A cgroup's id is its directory's inode number (`kernfs_node::id`). `None`: it does not exist.
 fn inode(dir: &Path) -> Result<Option<u64>, WatchError> {
     match fs::metadata(dir) {
         Ok(metadata) => Ok(Some(metadata.ino())),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        // kernfs says so of a directory that is on its way out
-        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+        Err(error) if is_gone(&error) => Ok(None),
         Err(error) => Err(WatchError::Io { path: dir.to_owned(), error }),
     }
+}
+
+/// The names of the directories in this one, which is closed again when they are returned.
+fn directories(dir: &Path) -> Result<Vec<OsString>, WatchError> {
+    let list = || {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(dir)? {
+            let entry = entry?;
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                names.push(entry.file_name());
+            }
+        }
+        Ok(names)
+    };
+    match list() {
+        Err(error) if is_gone(&error) => Ok(Vec::new()),
+        names => names.map_err(|error| WatchError::Io { path: dir.to_owned(), error }),
+    }
+}
+
+/// kernfs says ENODEV of a directory that is on its way out.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
 }
 
 fn configure(options: &ProbeOptions) -> Result<(Config, Vec<Missing>), ProbeError> {
@@ -462,5 +593,59 @@ impl ProgramStatistics {
             libc::syscall(libc::SYS_bpf, BPF_OBJ_GET_INFO_BY_FD, &raw const attr, size_of::<Attr>())
         };
         (done == 0).then_some(info)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, reason = "a test panics where it fails")]
+mod tests {
+    use super::*;
+
+    /// `None`, and a word, where the programs cannot be loaded.
+    fn probe() -> Option<Probe> {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: it needs root (BPF programs)");
+            return None;
+        }
+        let options = ProbeOptions { elsewhere: false, realtime_priority: None, ..ProbeOptions::default() };
+        Some(Probe::start(&options, |_| ()).unwrap())
+    }
+
+    fn ids(probe: &Probe) -> HashSet<u64> {
+        probe.maps().watched.keys().map(Result::unwrap).collect()
+    }
+
+    #[test]
+    fn a_refresh_takes_out_what_is_gone_and_puts_right_what_is_wrong() {
+        let Some(probe) = probe() else { return };
+        let root = fs::metadata(&probe.mount).unwrap().ino();
+        probe.watch(Slot(0), "/ftd-test-that-is-not-there").unwrap();
+        assert_eq!(ids(&probe), HashSet::from([root]));
+        let wrong = Plain(Watched { slot: 5, node: NO_NODE });
+        for id in [root, u64::MAX] {
+            probe.maps().watched.insert(id, wrong, 0).unwrap();
+        }
+        probe.refresh().unwrap();
+        assert_eq!(ids(&probe), HashSet::from([root]));
+        let Plain(value) = probe.maps().watched.get(&root, 0).unwrap();
+        assert_eq!(value, Watched { slot: NO_SLOT, node: ROOT_NODE });
+    }
+
+    #[test]
+    fn nothing_is_left_of_a_slot_that_is_forgotten() {
+        let Some(probe) = probe() else { return };
+        let before = ids(&probe);
+        probe.watch(Slot(0), "/a/b").unwrap();
+        probe.watch(Slot(1), "/a").unwrap();
+        // as if cgroups had been made while it is forgotten
+        for id in u64::MAX - 9..=u64::MAX {
+            probe.maps().watched.insert(id, Plain(Watched { slot: 1, node: NO_NODE }), 0).unwrap();
+        }
+        probe.unwatch(Slot(1)).unwrap();
+        probe.unwatch(Slot(0)).unwrap();
+        let root = fs::metadata(&probe.mount).unwrap().ino();
+        assert_eq!(&ids(&probe) - &HashSet::from([root]), before);
+        assert_eq!(probe.maps().names.keys().count(), 0);
+        probe.unwatch(Slot(0)).unwrap();
     }
 }

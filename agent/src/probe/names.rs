@@ -113,9 +113,18 @@ impl Names {
         self.nodes.get(&node)
     }
 
-    /// The node of a slot.
-    pub(super) fn of(&self, slot: Slot) -> Option<u32> {
-        self.slots.get(&slot).copied()
+    /// The way from the root, which is not part of it, to a slot's node: names and nodes, topmost
+    /// first. `None` when the slot has no path.
+    pub(super) fn way(&self, slot: Slot) -> Option<Vec<(String, u32)>> {
+        let mut node = *self.slots.get(&slot)?;
+        let mut way = Vec::new();
+        while node != ROOT_NODE {
+            let found = self.node(node)?;
+            way.push((found.name.clone(), node));
+            node = found.parent;
+        }
+        way.reverse();
+        Some(way)
     }
 
     /// What the kernel side looks a new cgroup up by. `None` for the root.
@@ -159,6 +168,9 @@ mod tests {
         assert_eq!(key.node, a[0]);
         assert!(key.name.starts_with(b"a.service\0"));
         assert_eq!(names.insert(Slot(0), "/system.slice/a.service").unwrap(), a, "again is the same");
+        let way = names.way(Slot(1)).unwrap();
+        assert_eq!(way, [("system.slice".to_owned(), b[0]), ("b.service".to_owned(), b[1])]);
+        assert!(names.way(Slot(2)).is_none());
     }
 
     #[test]
@@ -172,6 +184,7 @@ mod tests {
         assert!(names.remove(Slot(1)).is_empty());
         names.insert(Slot(2), "/").unwrap();
         assert_eq!(names.value(ROOT_NODE).slot, 2);
+        assert_eq!(names.way(Slot(2)), Some(vec![]));
         assert!(names.remove(Slot(2)).is_empty());
     }
 
@@ -187,6 +200,6 @@ mod tests {
         names.insert(Slot(0), "/a").unwrap();
         assert!(matches!(names.insert(Slot(1), "/a"), Err(WatchError::Taken { by: Slot(0), .. })));
         assert!(matches!(names.insert(Slot(0), "/b"), Err(WatchError::Busy { .. })));
-        assert!(names.of(Slot(1)).is_none());
+        assert!(names.way(Slot(1)).is_none());
     }
 }

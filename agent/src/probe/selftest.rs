@@ -26,9 +26,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::time::{ClockId, clock_gettime};
+use nix::{
+    fcntl::OFlag,
+    sys::stat::Mode,
+    time::{ClockId, clock_gettime},
+    unistd::UnlinkatFlags,
+};
 
-use super::{Probe, ProbeEvent, ProbeOptions, Slot};
+use super::{Probe, ProbeEvent, ProbeOptions, Slot, WatchError};
 use crate::{event::ExitStatus, unit::cgroup};
 
 /// How long an event may take to come. Long, for emulated machines; it does not slow a good run.
@@ -111,7 +116,7 @@ pub fn run(out: &mut impl Write) -> io::Result<Report> {
             return Ok(report);
         }
     };
-    let checks: [NamedCheck; 19] = [
+    let checks: [NamedCheck; 22] = [
         ("kernel-has-everything", kernel_has_everything),
         ("exit-code-and-every-field", exit_code),
         ("kill-by-somebody", kill_by_somebody),
@@ -125,6 +130,9 @@ pub fn run(out: &mut impl Write) -> io::Result<Report> {
         ("watched-while-running", watched_while_running),
         ("nested-watch-is-nearer", nested_watch),
         ("unwatch", unwatch),
+        ("unwatch-while-cgroups-are-made", unwatch_while_made),
+        ("path-too-long-is-no-error", path_too_long),
+        ("full-filter-is-mended", full_filter),
         ("child-pid-namespace", child_pid_namespace),
         ("abnormal-death-elsewhere", abnormal_death_elsewhere),
         ("ordinary-death-elsewhere-is-silent", ordinary_death_elsewhere),
@@ -739,6 +747,116 @@ fn unwatch(scene: &Scene) -> Check {
     let mut late = Child::start("ftd-unseen", &[&again.0], || 1)?;
     late.wait()?;
     same!("exits after unwatch", scene.exits_of(child.pid) + scene.exits_of(late.pid), 0);
+    Ok(())
+}
+
+fn unwatch_while_made(scene: &Scene) -> Check {
+    let other = Dir::make(scene.slice.0.join("other.service"))?;
+    for round in 0..20 {
+        watch(scene, OTHER, "other.service")?;
+        let (made, done) = (AtomicU32::new(0), AtomicBool::new(false));
+        thread::scope(|scope| {
+            let making = scope.spawn(|| {
+                let mut dir = other.0.join(format!("{round}"));
+                while !done.load(Ordering::SeqCst) && made.load(Ordering::SeqCst) < 10 {
+                    fs::create_dir(&dir)?;
+                    made.fetch_add(1, Ordering::SeqCst);
+                    dir.push("d");
+                }
+                Ok::<_, io::Error>(())
+            });
+            while made.load(Ordering::SeqCst) == 0 && !making.is_finished() {
+                thread::yield_now();
+            }
+            let unwatched = scene.probe.unwatch(OTHER).map_err(|error| error.to_string());
+            done.store(true, Ordering::SeqCst);
+            making.join().map_err(|_| "a thread panicked")??;
+            Ok::<_, Verdict>(unwatched?)
+        })?;
+        let mut dir = other.0.join(format!("{round}"));
+        for _ in 0..made.load(Ordering::SeqCst) {
+            Child::start("ftd-unseen", &[&dir], || 1)?.wait()?;
+            dir.push("d");
+        }
+        remove_below(&other.0.join(format!("{round}")));
+    }
+    let ends = scene.count(|event| matches!(event, ProbeEvent::Exit { slot: Some(OTHER), .. }));
+    same!("exits after unwatch", ends, 0);
+    Ok(())
+}
+
+/// Directories each in the one before, made and removed by descriptors: together their names are
+/// longer than any path may be.
+struct Chain {
+    dirs: Vec<OwnedFd>,
+    name: String,
+}
+
+impl Chain {
+    fn make(top: &Path) -> Result<Self, Verdict> {
+        // PATH_MAX and NAME_MAX, include/uapi/linux/limits.h
+        const LINKS: usize = 4096 / 250 + 1;
+        let mut chain = Self { dirs: vec![fs::File::open(top)?.into()], name: "d".repeat(250) };
+        for _ in 0..LINKS {
+            let last = &chain.dirs[chain.dirs.len() - 1];
+            nix::sys::stat::mkdirat(last, chain.name.as_str(), Mode::S_IRWXU)?;
+            let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+            let next = nix::fcntl::openat(last, chain.name.as_str(), flags, Mode::empty())?;
+            chain.dirs.push(next);
+        }
+        Ok(chain)
+    }
+}
+
+impl Drop for Chain {
+    fn drop(&mut self) {
+        while let Some(dir) = self.dirs.pop() {
+            let _ = nix::unistd::unlinkat(dir, self.name.as_str(), UnlinkatFlags::RemoveDir);
+        }
+    }
+}
+
+fn path_too_long(scene: &Scene) -> Check {
+    let other = Dir::make(scene.slice.0.join("other.service"))?;
+    let beside = Dir::make(other.0.join("beside"))?;
+    let chain = Chain::make(&other.0)?;
+    watch(scene, OTHER, "other.service")?;
+    same!("slot", slot_of_one(scene, &other.0, 1)?, Some(OTHER));
+    same!("slot beside the chain", slot_of_one(scene, &beside.0, 2)?, Some(OTHER));
+    scene.probe.refresh().map_err(|error| error.to_string())?;
+    same!("slot after a refresh", slot_of_one(scene, &beside.0, 3)?, Some(OTHER));
+    same!("slot of another unit", slot_of_one(scene, &scene.unit(), 4)?, Some(UNIT));
+    scene.probe.unwatch(OTHER).map_err(|error| error.to_string())?;
+    drop(chain);
+    Ok(())
+}
+
+fn full_filter(scene: &Scene) -> Check {
+    let (send, events) = mpsc::channel();
+    // room for the root, the slice, the unit and two more
+    let options = ProbeOptions { cgroups: 5, elsewhere: false, ..ProbeOptions::default() };
+    let probe =
+        Probe::start(&options, move |event| _ = send.send(event)).map_err(|error| error.to_string())?;
+    probe.watch(UNIT, &scene.control_group("unit.service")).map_err(|error| error.to_string())?;
+    let sub = |name: &str| Dir::make(scene.unit().join(name));
+    let (first, _second, last) = (sub("1")?, sub("2")?, sub("3")?);
+    let saw_last = |patience| {
+        let mut child = Child::start("ftd-last", &[&last.0], || 1)?;
+        child.wait()?;
+        let is_it = |event| matches!(event, ProbeEvent::Exit { process, .. } if process.pid == child.pid);
+        let end = Instant::now() + patience;
+        let left = || end.saturating_duration_since(Instant::now());
+        Ok::<_, io::Error>(std::iter::from_fn(|| events.recv_timeout(left()).ok()).any(is_it))
+    };
+    same!("cgroups that did not fit", probe.drops().cgroups_full, 1);
+    same!("whether one that did not fit is seen", saw_last(SILENCE)?, false);
+    match probe.refresh() {
+        Err(WatchError::Full) => {}
+        other => return Err(format!("refresh of a full filter: {other:?}").into()),
+    }
+    drop(first);
+    probe.refresh().map_err(|error| error.to_string())?;
+    same!("whether it is seen when there is room", saw_last(PATIENCE)?, true);
     Ok(())
 }
 
