@@ -250,8 +250,8 @@ fn take_report(supervisor: &Supervisor, bus: &Bus, source: &Source, report: Repo
     match report {
         Report::View { unit, id, view } => {
             let slot = Slot(unit as u32);
-            if let Err(cause) = source.follow(slot, &view) {
-                tracing::warn!(unit = id, cause, "the kernel cannot watch the unit; systemd's word remains");
+            if let Some(news) = source.follow(slot, &id, &view) {
+                tell_of_watch(bus, &id, news);
             }
             supervisor.on_view(slot, &id, view);
         }
@@ -267,12 +267,22 @@ fn take_report(supervisor: &Supervisor, bus: &Bus, source: &Source, report: Repo
     }
 }
 
-/// Tells of events that were lost between kernel and ftd.
+fn tell_of_watch(bus: &Bus, unit: &str, news: Kind) {
+    if let Kind::UnitWatch { error: Some(cause) } = &news {
+        tracing::warn!(unit, cause, "the kernel cannot watch the unit; systemd's word remains");
+    }
+    bus.emit(Some(unit), None, news);
+}
+
+/// Tells of events that were lost between kernel and ftd, and tries again what could not be watched.
 async fn count_drops(bus: Arc<Bus>, source: Arc<Source>) {
     let mut turns = tokio::time::interval(DROPS_EVERY);
     let mut known: BTreeMap<String, u64> = BTreeMap::new();
     loop {
         turns.tick().await;
+        for (unit, news) in source.retry() {
+            tell_of_watch(&bus, &unit, news);
+        }
         for (place, count) in source.status().drops {
             let before = known.insert(place.clone(), count).unwrap_or(0);
             if count > before {

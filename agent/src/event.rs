@@ -162,6 +162,12 @@ pub enum Kind {
         /// The name that was asked for, when systemd knows the unit by another.
         alias: Option<String>,
     },
+    /// The kernel cannot watch a unit, or watches it again. What systemd says of it is known all the time.
+    UnitWatch {
+        /// Why not, and what to do about it; absent when it is watched again.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        error: Option<String>,
+    },
     /// A process of a watched unit died, or one elsewhere died abnormally.
     ProcessDied {
         /// Who.

@@ -22,7 +22,7 @@ use std::{fs, io, path::PathBuf};
 
 pub use bpf::Probe;
 pub use pidfd::{PidfdError, PidfdWatch};
-pub use source::Source;
+pub use source::{FILTER_FULL, RING_FULL, Source, UNREADABLE};
 
 use crate::event::{ExitStatus, Process};
 

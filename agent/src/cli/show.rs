@@ -316,6 +316,10 @@ fn describe(kind: &Kind) -> (String, Option<Colour>) {
         Kind::UnitProblem { problem, mend } => (format!("{problem}\n      mend: {mend}"), Some(Red)),
         Kind::UnitFound { alias: Some(alias) } => (format!("found: systemd's name for {alias}"), None),
         Kind::UnitFound { alias: None } => ("found".into(), Some(Green)),
+        Kind::UnitWatch { error: Some(error) } => {
+            (format!("not watched by the kernel: {error}"), Some(Yellow))
+        }
+        Kind::UnitWatch { error: None } => ("watched by the kernel again".into(), Some(Green)),
         Kind::ProcessDied { process, main, status, sender, oom, max_rss, .. } => {
             let how = status.map_or("ended".into(), |status| format!("ended with {status}"));
             let by = sender.as_ref().map(|s| format!(", sent by {}", who(s))).unwrap_or_default();

@@ -4,8 +4,12 @@ use std::{fs, path::Path};
 
 use serde::{Deserialize, Serialize};
 
-use super::App;
-use crate::{config::Config, unit::cgroup};
+use super::{App, ProbeStatus};
+use crate::{
+    config::Config,
+    probe::{FILTER_FULL, RING_FULL, UNREADABLE},
+    unit::cgroup,
+};
 
 /// One thing that was looked at.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -110,6 +114,48 @@ pub fn of_host(config: &Config) -> Vec<Finding> {
     all
 }
 
+/// What the probe says of itself. `realtime` is the priority that it was to have, 0 for none.
+fn of_probe(probe: &ProbeStatus, realtime: u8) -> Vec<Finding> {
+    let mut all = Vec::new();
+    let why = probe.cause.as_deref().unwrap_or("no cause is known");
+    all.push(match probe.source.as_str() {
+        "ebpf" => ok("kernel probes", "eBPF programs are attached"),
+        "pidfd" => {
+            let found = format!("no eBPF ({why}); watching through pidfd and D-Bus: slower, never blind");
+            finding("kernel probes", Grade::Warn, found, "see the cause")
+        }
+        _ => {
+            let found = format!("neither eBPF nor pidfd ({why}); watching through D-Bus alone: slower");
+            finding("kernel probes", Grade::Warn, found, "see the cause")
+        }
+    });
+    // Only the programs have a reader that could have a priority.
+    if probe.source == "ebpf" {
+        all.push(if realtime == 0 || probe.realtime.starts_with("SCHED_FIFO") {
+            ok("real-time reader", probe.realtime.clone())
+        } else {
+            let mend = "give ftd CAP_SYS_NICE, or set probe.realtime = 0 to be content without";
+            finding("real-time reader", Grade::Warn, probe.realtime.clone(), mend)
+        });
+    }
+    for (place, count) in probe.drops.iter().filter(|(_, count)| *count > 0) {
+        let (found, mend) = match place.as_str() {
+            RING_FULL => (format!("{count} events since ftd started ({place})"), "raise probe.ring"),
+            FILTER_FULL => (
+                format!("those of {count} new control groups, until ftd looked again ({place})"),
+                "watch fewer units, or units that make fewer control groups; ftd looks again until all fit",
+            ),
+            UNREADABLE => (
+                format!("{count} events since ftd started ({place})"),
+                "it is a fault of ftd with this kernel: please report it, with the kernel's version",
+            ),
+            _ => (format!("{count} events since ftd started ({place})"), "see: ftctl events"),
+        };
+        all.push(finding("lost events", Grade::Warn, found, mend));
+    }
+    all
+}
+
 /// Everything, seen by a running ftd.
 pub async fn of_daemon(app: &App) -> Vec<Finding> {
     let mut all = of_host(&app.config);
@@ -117,27 +163,23 @@ pub async fn of_daemon(app: &App) -> Vec<Finding> {
         Ok(version) => ok("systemd", version),
         Err(error) => finding("systemd", Grade::Fail, error.to_string(), "is it PID 1 of this host?"),
     });
-    let probe = app.source.status();
-    all.push(match (probe.source.as_str(), &probe.cause) {
-        ("ebpf", _) => ok("kernel probes", "eBPF programs are attached"),
-        (source, cause) => {
-            let why = cause.clone().unwrap_or_default();
-            let found = format!("no eBPF ({why}); watching through {source} and D-Bus: slower, never blind");
-            finding("kernel probes", Grade::Warn, found, "see the cause")
-        }
-    });
-    for missing in &probe.missing {
-        all.push(finding("kernel probes", Grade::Warn, missing.clone(), "a newer kernel has it"));
+    all.extend(of_probe(&app.source.status(), app.config.probe.realtime));
+    for missing in app.source.missing() {
+        all.push(finding("kernel probes", Grade::Warn, missing, "a newer kernel has it"));
     }
-    all.push(if probe.realtime.starts_with("SCHED_FIFO") {
-        ok("real-time reader", probe.realtime.clone())
-    } else {
-        let mend = "give ftd CAP_SYS_NICE, or set probe.realtime = 0 to be content without";
-        finding("real-time reader", Grade::Warn, probe.realtime.clone(), mend)
-    });
-    for (place, count) in probe.drops.iter().filter(|(_, count)| *count > 0) {
-        let found = format!("{count} events lost since ftd started ({place})");
-        all.push(finding("lost events", Grade::Warn, found, "raise probe.ring"));
+    for (unit, error) in app.source.unwatched() {
+        let found = format!("the kernel does not watch it: {error}");
+        let mend = "as it says; ftd tries again every few seconds";
+        all.push(finding(&format!("unit {unit}"), Grade::Warn, found, mend));
+    }
+    let skipped = app.source.skipped();
+    if skipped > 0 {
+        // The kernel does not say which, and there is nothing that could be done: so no warning.
+        let found = format!(
+            "{skipped} runs were left out, because an interrupt came while the same program was at work; \
+             most would have reported nothing"
+        );
+        all.push(ok("kernel probes", found));
     }
     for unit in app.supervisor.status() {
         let thing = format!("unit {}", unit.unit);
@@ -154,4 +196,39 @@ pub async fn of_daemon(app: &App) -> Vec<Finding> {
         }
     }
     all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn probe(source: &str, realtime: &str, drops: &[(&str, u64)]) -> ProbeStatus {
+        let drops = drops.iter().map(|(place, count)| ((*place).to_owned(), *count)).collect();
+        ProbeStatus { source: source.into(), realtime: realtime.into(), drops, ..ProbeStatus::default() }
+    }
+
+    fn grades(findings: &[Finding]) -> Vec<(&str, Grade)> {
+        findings.iter().map(|finding| (finding.thing.as_str(), finding.grade)).collect()
+    }
+
+    #[test]
+    fn a_priority_that_was_not_wanted_is_no_lack() {
+        let reader = |probe: &ProbeStatus, wanted| of_probe(probe, wanted).get(1).map(|found| found.grade);
+        assert_eq!(reader(&probe("ebpf", "SCHED_FIFO 10", &[]), 10), Some(Grade::Ok));
+        assert_eq!(reader(&probe("ebpf", "refused: no CAP_SYS_NICE", &[]), 10), Some(Grade::Warn));
+        assert_eq!(reader(&probe("ebpf", "off: probe.realtime = 0", &[]), 0), Some(Grade::Ok));
+        let without = of_probe(&probe("pidfd", "none: pidfds only", &[]), 10);
+        assert_eq!(grades(&without), [("kernel probes", Grade::Warn)]);
+    }
+
+    #[test]
+    fn each_loss_has_a_mend_of_its_own() {
+        let drops = [(RING_FULL, 1), (FILTER_FULL, 2), (UNREADABLE, 3)];
+        let found = of_probe(&probe("ebpf", "SCHED_FIFO 10", &drops), 10);
+        let lost: Vec<_> = found.iter().filter(|finding| finding.thing.starts_with("lost")).collect();
+        let mends: std::collections::HashSet<_> = lost.iter().map(|finding| &finding.mend).collect();
+        assert_eq!((lost.len(), mends.len()), (3, 3));
+        assert!(lost[0].mend.contains("probe.ring") && !lost[1].mend.contains("probe.ring"));
+        assert_eq!(of_probe(&probe("ebpf", "SCHED_FIFO 10", &[(RING_FULL, 0)]), 10).len(), 2);
+    }
 }
