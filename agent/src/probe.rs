@@ -220,17 +220,6 @@ impl Drops {
     }
 }
 
-/// What one BPF program cost.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Cost {
-    /// Its name.
-    pub program: &'static str,
-    /// How often it ran.
-    pub runs: u64,
-    /// In how many nanoseconds altogether.
-    pub ns: u64,
-}
-
 /// Whether the reader thread has real-time priority.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Realtime {

@@ -21,7 +21,7 @@ use aya::{
 };
 
 use super::{
-    Cost, Drops, Missing, ProbeError, ProbeEvent, ProbeOptions, Realtime, Slot, WatchError,
+    Drops, Missing, ProbeError, ProbeEvent, ProbeOptions, Realtime, Slot, WatchError,
     btf::{BtfTypes, RUNNING_KERNEL},
     names::Names,
     page_size,
@@ -205,19 +205,8 @@ impl Probe {
             ring_full: sum(counter::RING_FULL),
             cgroups_full: sum(counter::CGROUPS_FULL),
             malformed: progress.malformed.load(Ordering::Acquire),
-            skipped: self.statistics().map(|(_, statistics)| statistics.recursion_misses).sum(),
+            skipped: self.skipped(),
         }
-    }
-
-    /// What the programs cost so far; all zero unless `kernel.bpf_stats_enabled` is 1.
-    pub fn costs(&self) -> Vec<Cost> {
-        self.statistics()
-            .map(|(program, statistics)| Cost {
-                program,
-                runs: statistics.run_cnt,
-                ns: statistics.run_time_ns,
-            })
-            .collect()
     }
 
     /// Whether the reader thread has real-time priority.
@@ -234,11 +223,13 @@ impl Probe {
         self.maps.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn statistics(&self) -> impl Iterator<Item = (&'static str, ProgramStatistics)> {
-        PROGRAMS.into_iter().filter_map(|(name, ..)| {
+    /// Runs of all programs that the kernel left out.
+    fn skipped(&self) -> u64 {
+        let misses = PROGRAMS.iter().filter_map(|(name, ..)| {
             let fd = self.ebpf.program(name)?.fd().ok()?;
-            Some((name, ProgramStatistics::of(fd.as_fd().as_raw_fd())?))
-        })
+            recursion_misses(fd.as_fd().as_raw_fd())
+        });
+        misses.sum()
     }
 }
 
@@ -559,41 +550,34 @@ fn full(error: MapError) -> WatchError {
     }
 }
 
-/// The end of `struct bpf_prog_info` as far as it is needed, `include/uapi/linux/bpf.h`. aya keeps
-/// the count of misses to itself.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-struct ProgramStatistics {
-    before: [u64; 24],
-    run_time_ns: u64,
-    run_cnt: u64,
-    recursion_misses: u64,
-}
-
-impl ProgramStatistics {
-    fn of(program: i32) -> Option<Self> {
-        /// `bpf_attr`, the member `info`.
-        #[repr(C)]
-        struct Attr {
-            bpf_fd: u32,
-            info_len: u32,
-            info: u64,
-        }
-        const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
-
-        let mut info = Self { before: [0; 24], run_time_ns: 0, run_cnt: 0, recursion_misses: 0 };
-        let attr = Attr {
-            bpf_fd: u32::try_from(program).ok()?,
-            info_len: size_of::<Self>() as u32,
-            info: (&raw mut info) as u64,
-        };
-        // SAFETY: attr is whole and says how large info is; the kernel writes no more than that. The
-        // pointers and lengths in info are zero: nothing else is asked for.
-        let done = unsafe {
-            libc::syscall(libc::SYS_bpf, BPF_OBJ_GET_INFO_BY_FD, &raw const attr, size_of::<Attr>())
-        };
-        (done == 0).then_some(info)
+/// How often the kernel left a program's run out; aya keeps that to itself.
+fn recursion_misses(program: i32) -> Option<u64> {
+    /// `struct bpf_prog_info` as far as it is needed, `include/uapi/linux/bpf.h`.
+    #[repr(C)]
+    struct Info {
+        before: [u64; 26],
+        recursion_misses: u64,
     }
+    /// `bpf_attr`, the member `info`.
+    #[repr(C)]
+    struct Attr {
+        bpf_fd: u32,
+        info_len: u32,
+        info: u64,
+    }
+    const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+
+    let mut info = Info { before: [0; 26], recursion_misses: 0 };
+    let attr = Attr {
+        bpf_fd: u32::try_from(program).ok()?,
+        info_len: size_of::<Info>() as u32,
+        info: (&raw mut info) as u64,
+    };
+    // SAFETY: attr is whole and says how large info is; the kernel writes no more than that. The
+    // pointers and lengths in info are zero: nothing else is asked for.
+    let done =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_GET_INFO_BY_FD, &raw const attr, size_of::<Attr>()) };
+    (done == 0).then_some(info.recursion_misses)
 }
 
 #[cfg(test)]
