@@ -15,7 +15,8 @@ const MM_SHMEMPAGES: u32 = 3;
 
 /// Reports whom the OOM killer chose, here or in a memory cgroup.
 ///
-/// Older kernels give only a pid, in the initial PID namespace; then that is all there is.
+/// Older kernels give only a pid, in the initial PID namespace; then that is all there is, and nothing
+/// says that it is of a watched unit.
 #[btf_tracepoint(function = "mark_victim")]
 pub fn mark_victim(ctx: BtfTracePointContext) -> i32 {
     let record = if config!(oom_has_task) == 1 {
@@ -33,7 +34,7 @@ pub fn mark_victim(ctx: BtfTracePointContext) -> i32 {
             rss_pages: [rss(mm, MM_ANONPAGES), rss(mm, MM_FILEPAGES), rss(mm, MM_SHMEMPAGES)],
         }
     } else {
-        if config!(initial_pidns) == 0 {
+        if config!(elsewhere) == 0 || config!(initial_pidns) == 0 {
             return 0;
         }
         let pid: u32 = argument(&ctx, 0);

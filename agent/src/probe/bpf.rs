@@ -38,12 +38,14 @@ const PROGRAMS: [(&str, &str, Option<&str>); 7] = [
     ("process_fork", "sched_process_fork", Some("new processes of a unit are not reported")),
     ("process_exec", "sched_process_exec", Some("programs that a unit starts are not reported")),
     ("signal_generate", "signal_generate", Some("who sent a signal is not known")),
-    ("mark_victim", "mark_victim", Some("OOM kills look like any SIGKILL")),
+    ("mark_victim", "mark_victim", Some(OOM_UNSEEN)),
     ("cgroup_mkdir", "cgroup_mkdir", Some(NOT_FOLLOWED)),
     ("cgroup_rmdir", "cgroup_rmdir", Some("cgroups that are gone stay in the filter until it is refreshed")),
 ];
 
 const NOT_FOLLOWED: &str = "a unit that is started anew is lost from sight until the filter is refreshed";
+
+const OOM_UNSEEN: &str = "OOM kills look like any SIGKILL";
 
 /// Fields that `cgroup_mkdir` needs; without them the program would take no cgroup for a unit's.
 const MKDIR_FIELDS: [(&str, &str); 5] = [
@@ -464,17 +466,26 @@ fn configure(options: &ProbeOptions) -> Result<(Config, Vec<Missing>), ProbeErro
     if !needed.is_empty() {
         return Err(ProbeError::Fields { missing: needed });
     }
-    if config.oom_has_task == 0 {
-        let what = "mark_victim's argument task".to_owned();
-        missing.push(Missing { what, effect: "OOM kills are reported without unit, name and sizes" });
-    }
     let namespace = fs::metadata("/proc/self/ns/pid").map_err(ProbeError::Namespace)?.ino();
     config.own_pidns = namespace as u32;
     config.initial_pidns = u32::from(config.own_pidns == PROC_PID_INIT_INO);
     config.signals = options.signals.bits();
     config.quiet_deaths = options.quiet_deaths.bits();
     config.elsewhere = u32::from(options.elsewhere);
+    missing.extend(without_victim(&config));
     Ok((config, missing))
+}
+
+/// What is missing where the kernel tells of an OOM victim only its pid in the initial PID namespace.
+fn without_victim(config: &Config) -> Option<Missing> {
+    (config.oom_has_task == 0).then(|| Missing {
+        what: "mark_victim's argument task".to_owned(),
+        effect: if config.elsewhere == 1 && config.initial_pidns == 1 {
+            "OOM kills are reported without unit, name and sizes"
+        } else {
+            OOM_UNSEEN
+        },
+    })
 }
 
 /// The initial PID namespace's inode number, `include/linux/proc_ns.h`.
@@ -593,6 +604,17 @@ mod tests {
         }
         let options = ProbeOptions { elsewhere: false, realtime_priority: None, ..ProbeOptions::default() };
         Some(Probe::start(&options, |_| ()).unwrap())
+    }
+
+    #[test]
+    fn what_is_missing_of_an_oom_kill_depends_on_what_its_pid_is_good_for() {
+        let of = |oom_has_task, elsewhere, initial_pidns| {
+            let config = Config { oom_has_task, elsewhere, initial_pidns, ..Config::empty() };
+            without_victim(&config).map(|missing| missing.effect)
+        };
+        assert_eq!(of(1, 1, 0), None);
+        assert_eq!(of(0, 1, 1), Some("OOM kills are reported without unit, name and sizes"));
+        assert_eq!([of(0, 1, 0), of(0, 0, 1), of(0, 0, 0)], [Some(OOM_UNSEEN); 3]);
     }
 
     fn ids(probe: &Probe) -> HashSet<u64> {
