@@ -234,6 +234,9 @@ offsets! {
     upid_ns = "upid"."ns", needed;
     pidns_inum = "pid_namespace"."ns.inum", needed;
     siginfo_code = "kernel_siginfo"."si_code", wanted;
+    task_sighand = "task_struct"."sighand", wanted;
+    sighand_action = "sighand_struct"."action", wanted;
+    sigaction_handler = "k_sigaction"."sa.sa_handler", wanted;
     mm_rss_stat = "mm_struct"."rss_stat", wanted;
 }
 
@@ -244,6 +247,8 @@ offsets! {
 pub struct Config {
     /// Bit `n - 1` stands for signal `n`: signals whose sending to a watched process is reported.
     pub signals: u64,
+    /// Likewise: signals that are reported only if the process has no handler for them.
+    pub unhandled: u64,
     /// Likewise: deaths by these signals are not reported outside watched units.
     pub quiet_deaths: u64,
     /// Fields of kernel structures.
@@ -255,6 +260,8 @@ pub struct Config {
     pub rss_stride: u32,
     /// Where in that distance the count is.
     pub rss_count: u32,
+    /// `sizeof(struct k_sigaction)`.
+    pub sigaction_size: u32,
     /// Inode number of the agent's PID namespace.
     pub own_pidns: u32,
     /// 1: report abnormal deaths outside watched units too.
@@ -273,11 +280,13 @@ impl Config {
     pub const fn empty() -> Self {
         Self {
             signals: 0,
+            unhandled: 0,
             quiet_deaths: 0,
             offsets: Offsets::none(),
             upid_size: 0,
             rss_stride: 0,
             rss_count: 0,
+            sigaction_size: 0,
             own_pidns: 0,
             elsewhere: 0,
             exit_has_group_dead: 0,
@@ -294,4 +303,4 @@ const _: () = assert!(size_of::<SignalRecord>() == 16 + 24 + 8);
 const _: () = assert!(size_of::<ForkRecord>() == 16 + 8);
 const _: () = assert!(size_of::<ExecRecord>() == 16 + 24);
 const _: () = assert!(size_of::<NameKey>() == 4 + NAME_BYTES);
-const _: () = assert!(size_of::<Config>() == 16 + size_of::<Offsets>() + 8 * 4);
+const _: () = assert!(size_of::<Config>() == 24 + size_of::<Offsets>() + 9 * 4);

@@ -1,6 +1,6 @@
 //! Signals that are sent to processes of watched units.
 
-use agent_ebpf::{NO_SLOT, SignalRecord, Who, kind};
+use agent_ebpf::{NO_SLOT, Offsets, SignalRecord, Who, kind};
 use aya_ebpf::{
     EbpfContext as _,
     helpers::{bpf_get_current_task, generated},
@@ -21,20 +21,25 @@ const TRACE_SIGNAL_LOSE_INFO: u32 = 4;
 const SEND_SIG_NOINFO: u64 = 0;
 const SEND_SIG_PRIV: u64 = 1;
 
-// include/uapi/asm-generic/siginfo.h: negative codes that the kernel sets by itself, at a time when
-// any process may be the current one
+// include/uapi/asm-generic/siginfo.h: negative codes that the kernel sets by itself, for a process's own
+// timers and descriptors, at a time when any process may be the current one
 const SI_TIMER: i32 = -2;
 const SI_ASYNCIO: i32 = -4;
 const SI_SIGIO: i32 = -5;
 
 const KERNEL: Who = Who { pid: 0, uid: 0, comm: *b"kernel\0\0\0\0\0\0\0\0\0\0" };
 
-/// Reports signals of the configured set that a process will get: not those that it ignores, nor
+// include/uapi/asm-generic/signal-defs.h
+const SIG_DFL: u64 = 0;
+
+/// Reports signals of the configured sets that a process will get: not those that it ignores, nor
 /// one that was pending already.
 #[btf_tracepoint(function = "signal_generate")]
 pub fn signal_generate(ctx: BtfTracePointContext) -> i32 {
     let signal: u32 = argument(&ctx, 0);
-    if config!(signals) >> (signal.wrapping_sub(1) & 63) & 1 == 0 {
+    let index = signal.wrapping_sub(1) & 63;
+    let always = config!(signals) >> index & 1 != 0;
+    if !always && config!(unhandled) >> index & 1 == 0 {
         return 0;
     }
     let result: u32 = argument(&ctx, 4);
@@ -44,6 +49,9 @@ pub fn signal_generate(ctx: BtfTracePointContext) -> i32 {
     let task: Typed = argument(&ctx, 2);
     let slot = slot_of(cgroup_of(task));
     if slot == NO_SLOT {
+        return 0;
+    }
+    if !always && handler(task as Address, index) != SIG_DFL {
         return 0;
     }
     // Read as memory, not as an argument: the verifier would take it for a pointer that is never
@@ -56,9 +64,12 @@ pub fn signal_generate(ctx: BtfTracePointContext) -> i32 {
     let from_kernel = match info {
         SEND_SIG_NOINFO => false,
         SEND_SIG_PRIV => true,
+        // Any negative code may also come from rt_sigqueueinfo(2), from one who would rather be taken
+        // for the kernel. Timers and descriptors send signals of ordinary life; one that always
+        // matters and has such a code is somebody's.
         info => {
             let code: i32 = read(info, offset!(siginfo_code));
-            code > 0 || code == SI_TIMER || code == SI_ASYNCIO || code == SI_SIGIO
+            code > 0 || (!always && (code == SI_TIMER || code == SI_ASYNCIO || code == SI_SIGIO))
         }
     };
     if let Some(entry) = reserve::<SignalRecord>() {
@@ -80,4 +91,17 @@ pub fn signal_generate(ctx: BtfTracePointContext) -> i32 {
         );
     }
     0
+}
+
+/// What a process does on the signal of this index: a function, or [`SIG_DFL`]; that too where the
+/// kernel's structures are not known, so that a signal is rather reported than not.
+#[inline(always)]
+fn handler(task: Address, index: u32) -> u64 {
+    let actions = offset!(sighand_action);
+    if actions == Offsets::NONE {
+        return SIG_DFL;
+    }
+    let sighand: Address = read(task, offset!(task_sighand));
+    let action = sighand + u64::from(actions) + u64::from(index) * u64::from(config!(sigaction_size));
+    read(action, offset!(sigaction_handler))
 }

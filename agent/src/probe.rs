@@ -109,8 +109,8 @@ impl Signals {
     pub const ORDINARY_ENDS: Self =
         Self::of(&[libc::SIGHUP, libc::SIGINT, libc::SIGPIPE, libc::SIGTERM, libc::SIGALRM]);
 
-    /// Those whose sender is worth knowing: all that end or stop a process and that are not part of
-    /// its ordinary life, as CHLD, PIPE, ALRM or USR1 are.
+    /// Those whose sender is always worth knowing: all that end or stop a process and that are not
+    /// part of its ordinary life.
     pub const TELLING: Self = Self::of(&[
         libc::SIGHUP,
         libc::SIGINT,
@@ -129,6 +129,25 @@ impl Signals {
         libc::SIGXFSZ,
         libc::SIGSYS,
     ]);
+
+    /// Those that end a process too, but only one that has no handler for them: where there is one
+    /// they may be part of its ordinary life, thousands in a second (timers, a profiler, a garbage
+    /// collector, one thread waking another), and their senders would hide the one that matters. All
+    /// real-time signals are among them.
+    pub const UNEXPECTED: Self = Self(
+        Self::of(&[
+            libc::SIGUSR1,
+            libc::SIGUSR2,
+            libc::SIGPIPE,
+            libc::SIGALRM,
+            libc::SIGSTKFLT,
+            libc::SIGVTALRM,
+            libc::SIGPROF,
+            libc::SIGIO,
+            libc::SIGPWR,
+        ])
+        .0 | u64::MAX << 31,
+    );
 
     /// The set of these signals. Numbers outside 1 to 64 are left out.
     pub const fn of(signals: &[i32]) -> Self {
@@ -169,6 +188,8 @@ pub struct ProbeOptions {
     pub quiet_deaths: Signals,
     /// Signals to watched processes that are reported.
     pub signals: Signals,
+    /// Signals that are reported too, if the process has no handler for them.
+    pub unhandled: Signals,
 }
 
 impl Default for ProbeOptions {
@@ -180,6 +201,7 @@ impl Default for ProbeOptions {
             elsewhere: true,
             quiet_deaths: Signals::ORDINARY_ENDS,
             signals: Signals::TELLING,
+            unhandled: Signals::UNEXPECTED,
         }
     }
 }
@@ -475,6 +497,18 @@ mod tests {
         assert!(Signals::of(&[64, 65, 0, -1]).contains(64));
         assert_eq!(Signals::of(&[1, 64, 65, 0, -1]).bits(), 1 | 1 << 63);
         assert!(!Signals::of(&[]).contains(0));
+    }
+
+    #[test]
+    fn every_signal_that_ends_a_process_is_reported() {
+        // signal(7): what these do by default is nothing, or to stop and continue for the terminal's sake
+        let harmless =
+            [libc::SIGCHLD, libc::SIGCONT, libc::SIGTTIN, libc::SIGTTOU, libc::SIGURG, libc::SIGWINCH];
+        for signal in 1..=64 {
+            let sets = [Signals::TELLING, Signals::UNEXPECTED, Signals::of(&harmless)];
+            let times = sets.iter().filter(|set| set.contains(signal)).count();
+            assert_eq!(times, 1, "signal {signal}");
+        }
     }
 
     #[test]

@@ -470,6 +470,7 @@ fn configure(options: &ProbeOptions) -> Result<(Config, Vec<Missing>), ProbeErro
     config.own_pidns = namespace as u32;
     config.initial_pidns = u32::from(config.own_pidns == PROC_PID_INIT_INO);
     config.signals = options.signals.bits();
+    config.unhandled = options.unhandled.bits();
     config.quiet_deaths = options.quiet_deaths.bits();
     config.elsewhere = u32::from(options.elsewhere);
     missing.extend(without_victim(&config));

@@ -248,6 +248,10 @@ impl<'a> BtfTypes<'a> {
         if config.rss_stride == 0 {
             config.offsets.mm_rss_stat = Offsets::NONE;
         }
+        config.sigaction_size = self.size("k_sigaction").unwrap_or(0);
+        if config.sigaction_size == 0 {
+            config.offsets.sighand_action = Offsets::NONE;
+        }
         let arguments = |name| self.tracepoint(name).unwrap_or_default();
         config.exit_has_group_dead = u32::from(arguments("sched_process_exit").len() > 1);
         config.oom_has_task = u32::from(arguments("mark_victim").first() == Some(&true));

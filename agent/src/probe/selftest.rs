@@ -116,11 +116,13 @@ pub fn run(out: &mut impl Write) -> io::Result<Report> {
             return Ok(report);
         }
     };
-    let checks: [NamedCheck; 22] = [
+    let checks: [NamedCheck; 24] = [
         ("kernel-has-everything", kernel_has_everything),
         ("exit-code-and-every-field", exit_code),
         ("kill-by-somebody", kill_by_somebody),
         ("segfault", segfault),
+        ("signal-without-handler", signal_without_handler),
+        ("signal-in-the-kernels-name", signal_in_the_kernels_name),
         ("threads-killed-are-one-exit", threads_killed),
         ("threads-ending-together-are-one-exit", threads_ending_together),
         ("fork", fork),
@@ -553,6 +555,75 @@ fn segfault(scene: &Scene) -> Check {
     let ProbeEvent::Signal { signal, sender, .. } = event else { return Err("no signal".into()) };
     same!("signal", signal, libc::SIGSEGV);
     same!("sender", (sender.pid, sender.comm.as_str(), sender.uid), (0, "kernel", 0));
+    Ok(())
+}
+
+extern "C" fn do_nothing(_: i32) {}
+
+fn signal_without_handler(scene: &Scene) -> Check {
+    for signal in [libc::SIGUSR1, libc::SIGRTMIN() + 3] {
+        let ready = Signpost::new()?;
+        let mut child = Child::start("ftd-handler", &[&scene.unit()], || {
+            let handler: extern "C" fn(i32) = do_nothing;
+            // SAFETY: zero is a value for each of its fields.
+            let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+            action.sa_sigaction = handler as libc::sighandler_t;
+            // once
+            action.sa_flags = libc::SA_RESETHAND;
+            // SAFETY: the structure is whole, and the handler does nothing.
+            unsafe { libc::sigaction(signal, &raw const action, std::ptr::null_mut()) };
+            ready.reached();
+            pause_forever()
+        })?;
+        ready.wait()?;
+        child.kill(signal);
+        let state = format!("/proc/{}/status", child.pid);
+        // until it has handled the first; the second ends it
+        let caught = |line: &str| {
+            let mask = line.strip_prefix("SigCgt:").and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok());
+            mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
+        };
+        while fs::read_to_string(&state)?.lines().any(caught) {
+            thread::sleep(Duration::from_millis(1));
+        }
+        child.kill(signal);
+        let ended = child.wait()?;
+        same!("status", ended.status, ExitStatus::Signal { signal, core: false });
+        let is_it = |event: &ProbeEvent| {
+            matches!(event, ProbeEvent::Signal { target, signal: it, sender, .. }
+                if *target == child.pid && *it == signal && sender.pid == std::process::id())
+        };
+        scene.expect("the signal", is_it)?;
+        same!("signals that were not handled", scene.count(is_it), 1);
+    }
+    Ok(())
+}
+
+fn signal_in_the_kernels_name(scene: &Scene) -> Check {
+    // include/uapi/asm-generic/siginfo.h
+    const SI_TIMER: i32 = -2;
+    let ready = Signpost::new()?;
+    let mut target = Child::start("ftd-target", &[&scene.unit()], || {
+        ready.reached();
+        pause_forever()
+    })?;
+    ready.wait()?;
+    let pid = target.pid;
+    let mut killer = Child::start("ftd-pretender", &[], || {
+        // SAFETY: zero is a value for each of its fields.
+        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+        info.si_signo = libc::SIGTERM;
+        info.si_code = SI_TIMER;
+        // SAFETY: the structure is whole.
+        let done = unsafe { libc::syscall(libc::SYS_rt_sigqueueinfo, pid, libc::SIGTERM, &raw const info) };
+        u8::from(done != 0)
+    })?;
+    same!("status of the sender", killer.wait()?.status, ExitStatus::Code(0));
+    target.wait()?;
+    let event = scene
+        .expect("the signal", |event| matches!(event, ProbeEvent::Signal { target, .. } if *target == pid))?;
+    let ProbeEvent::Signal { sender, .. } = event else { return Err("no signal".into()) };
+    same!("sender", (sender.pid, sender.comm.as_str()), (killer.pid, "ftd-pretender"));
     Ok(())
 }
 
