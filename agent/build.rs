@@ -45,8 +45,9 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<(), String> {
-    let out = directory("OUT_DIR")?.join("agent-ebpf");
-    if let Some(object) = env::var_os("FTD_EBPF_OBJ").map(PathBuf::from) {
+    let out_dir = directory("OUT_DIR")?;
+    let out = out_dir.join("agent-ebpf");
+    if let Some(object) = given("FTD_EBPF_OBJ") {
         println!("cargo::rerun-if-changed={}", object.display());
         return copy(&object, &out).map_err(|cause| {
             format!("{cause}\nGive FTD_EBPF_OBJ the path of a built agent-ebpf, or unset it.")
@@ -59,10 +60,10 @@ fn run() -> Result<(), String> {
     }
     println!("cargo::rerun-if-changed=build.rs");
 
-    // One directory for all profiles and not cargo's own, whose lock the outer cargo holds.
-    let target_dir = env::var_os("CARGO_TARGET_DIR")
-        .map_or_else(|| manifest_dir.join("../target"), PathBuf::from)
-        .join("bpf");
+    // One directory for all profiles and not cargo's own, whose lock the outer cargo holds: beside that
+    // of the profile, which OUT_DIR is in (PROFILE/build/PACKAGE/out). CARGO_TARGET_DIR may be relative, to
+    // a directory that cargo does not tell.
+    let target_dir = out_dir.ancestors().nth(4).ok_or("OUT_DIR is not where cargo puts it")?.join("bpf");
     let mut refusals = Vec::new();
     for toolchain in Toolchain::candidates()? {
         println!("cargo::rerun-if-changed={}", toolchain.linker.display());
@@ -75,10 +76,16 @@ fn run() -> Result<(), String> {
     Err(refusals.join("\n"))
 }
 
+/// Contents alone: with the permissions of one that is read-only, the next could not be put in its place.
 fn copy(from: &Path, to: &Path) -> Result<(), String> {
-    fs::copy(from, to)
-        .map(drop)
+    fs::read(from)
+        .and_then(|object| fs::write(to, object))
         .map_err(|cause| format!("The BPF object {} cannot be copied: {cause}", from.display()))
+}
+
+/// A variable's value; an empty one counts as not given.
+fn given(variable: &str) -> Option<PathBuf> {
+    env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
 fn directory(variable: &str) -> Result<PathBuf, String> {
@@ -95,7 +102,6 @@ struct Toolchain {
 impl Toolchain {
     /// What there is, best first; never empty.
     fn candidates() -> Result<Vec<Self>, String> {
-        let given = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         let linker = given("FTD_BPF_LINKER");
         let build_std = env::var("FTD_BPF_BUILD_STD").is_ok_and(|value| value == "1");
 
