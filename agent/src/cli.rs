@@ -90,6 +90,7 @@ Examples:
   ftctl inject kill nginx                the main process, by SIGKILL
   ftctl inject kill nginx --whole        every process of the unit
   ftctl inject kill nginx --signal SEGV  a crash
+  ftctl inject stop nginx --for 10s      down for so long, unless it is healed before
   ftctl inject hang nginx --for 20s      alive but mute, until healed or the time is over
   ftctl inject oom nginx                 killed by the kernel's OOM killer
   ftctl inject list                      faults that have not ended
@@ -152,11 +153,8 @@ struct InjectArgs {
 
 #[derive(Debug, Subcommand)]
 enum InjectCommand {
-    /// Stop a unit, as an administrator would.
-    Stop {
-        /// The unit.
-        unit: String,
-    },
+    /// Stop a unit, as an administrator would; it is started again in the end, if nobody else has.
+    Stop(Lasting),
     /// Send a signal to a unit's main process, or to all its processes.
     Kill {
         /// The unit.
@@ -185,9 +183,9 @@ enum InjectCommand {
 struct Lasting {
     /// The unit.
     unit: String,
-    /// End by itself after this long.
-    #[arg(long = "for", value_name = "TIME", value_parser = duration, default_value = "30s")]
-    lasting: Duration,
+    /// End by itself after this long [default: inject.default_for of the configuration, 30s]
+    #[arg(long = "for", value_name = "TIME", value_parser = duration)]
+    lasting: Option<Duration>,
 }
 
 #[derive(Debug, Args)]
@@ -371,17 +369,15 @@ async fn events(client: &Client, args: EventsArgs, json: bool) -> Result<(), Fai
 
 async fn inject(client: &Client, what: InjectCommand, json: bool) -> Result<(), Failure> {
     let request = |unit, fault| Request { unit, fault, signal: None, whole: false, for_ms: None };
+    let lasting =
+        |args: Lasting, fault| Request { for_ms: args.lasting.map(millis), ..request(args.unit, fault) };
     let request = match what {
-        InjectCommand::Stop { unit } => request(unit, Fault::Stop),
+        InjectCommand::Stop(args) => lasting(args, Fault::Stop),
         InjectCommand::Kill { unit, signal, whole } => {
             Request { signal: Some(signal), whole, ..request(unit, Fault::Kill) }
         }
-        InjectCommand::Hang(args) => {
-            Request { for_ms: Some(millis(args.lasting)), ..request(args.unit, Fault::Hang) }
-        }
-        InjectCommand::Oom(args) => {
-            Request { for_ms: Some(millis(args.lasting)), ..request(args.unit, Fault::Oom) }
-        }
+        InjectCommand::Hang(args) => lasting(args, Fault::Hang),
+        InjectCommand::Oom(args) => lasting(args, Fault::Oom),
         InjectCommand::List => {
             let status: Status = client.get("/v1/status").await?;
             if json {
@@ -392,9 +388,9 @@ async fn inject(client: &Client, what: InjectCommand, json: bool) -> Result<(), 
         InjectCommand::Recover { id } => {
             let answer = client.post("/v1/recover", &Recover { id }).await?;
             if json {
-                show::json(&answer)?
+                show::json(&answer)?;
             } else {
-                show::recovered(&answer)
+                show::recovered(&answer);
             }
             return Ok(());
         }

@@ -192,7 +192,7 @@ impl Default for Heal {
     fn default() -> Self {
         Self {
             restarts: 5,
-            within: Duration::from_secs(60),
+            within: Duration::from_mins(1),
             backoff: Duration::from_millis(100),
             backoff_max: Duration::from_secs(10),
             settle: Duration::from_secs(10),
@@ -243,11 +243,34 @@ impl HealOverride {
 }
 
 /// `[inject]`
-#[derive(Debug, Clone, Default, Deserialize, Serialize)]
+#[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Inject {
     /// Whether `ftctl inject` may break things on this host. Off in the packaged configuration.
     pub enabled: bool,
+    /// How long a fault lasts when no time is given for it.
+    #[serde(with = "humantime_serde")]
+    pub default_for: Duration,
+    /// The longest time that can be given for one.
+    #[serde(with = "humantime_serde")]
+    pub longest: Duration,
+    /// Memory that an OOM fault leaves to the unit above what it uses.
+    pub oom_room: ByteSize,
+    /// How long systemd may take to stop a unit, and to start it again when the fault is over.
+    #[serde(with = "humantime_serde")]
+    pub job_deadline: Duration,
+}
+
+impl Default for Inject {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            default_for: Duration::from_secs(30),
+            longest: Duration::from_hours(1),
+            oom_room: ByteSize::mib(32),
+            job_deadline: Duration::from_secs(90),
+        }
+    }
 }
 
 /// `[[workload]]`: units that belong together.
@@ -514,6 +537,28 @@ impl Config {
                 key(&["journal", "max_size"]),
                 format!("journal.max_size is {}: too small to keep a useful history", self.journal.max_size),
                 "use at least \"1MiB\"".into(),
+            );
+        }
+        let inject = &self.inject;
+        if inject.default_for < Duration::from_millis(100) || inject.default_for > inject.longest {
+            let time = humantime::format_duration;
+            let lowered = inject.longest < Inject::default().longest;
+            say(
+                key(&["inject", if lowered { "longest" } else { "default_for" }]),
+                format!(
+                    "100ms <= inject.default_for <= inject.longest does not hold: {}, {}",
+                    time(inject.default_for),
+                    time(inject.longest)
+                ),
+                "their defaults are 30s and 1h".into(),
+            );
+        }
+        // The helper fills 4 GiB at most, with what the unit uses already.
+        if !(ByteSize::mib(8)..=ByteSize::gib(2)).contains(&inject.oom_room) {
+            say(
+                key(&["inject", "oom_room"]),
+                format!("inject.oom_room is {}: it must be from 8MiB to 2GiB", inject.oom_room),
+                "leave it out for its default, 32MiB".into(),
             );
         }
         let (ready, stop) = (self.node.ready_within, self.node.stop_within);

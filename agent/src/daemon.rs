@@ -134,7 +134,7 @@ async fn serve(config: Config) -> Result<()> {
 
     // People.
     let faults = Faults::new(
-        config.inject.enabled,
+        config.inject.clone(),
         &state_dir,
         Arc::clone(&bus),
         Arc::clone(&supervisor),

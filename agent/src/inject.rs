@@ -26,6 +26,7 @@ use tokio::{
 };
 
 use crate::{
+    config,
     event::{Event, Kind, OpId, bus::Bus},
     heal::{
         machine::Phase,
@@ -40,16 +41,10 @@ use crate::{
 
 pub mod balloon;
 
-/// How long a stop may take before it is called a failure.
-const STOP_LIMIT: Duration = Duration::from_secs(90);
-/// Room that an OOM fault leaves to the unit above what it uses.
-const OOM_ROOM: u64 = 32 << 20;
-/// How long a fault with a duration lasts when none is given.
-const DEFAULT_FOR: Duration = Duration::from_secs(30);
 /// First and longest wait between attempts to undo.
 const UNDO_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
-/// How long a start may take that gives a stopped unit back.
-const START_LIMIT: Duration = Duration::from_secs(90);
+/// The shortest time for which a fault can be asked.
+const SHORTEST: Duration = Duration::from_millis(100);
 
 /// The limits of a cgroup that the OOM fault lowers, see cgroup-v2.rst of the kernel's documentation.
 const LIMITS: [&str; 2] = ["memory.swap.max", "memory.max"];
@@ -207,7 +202,7 @@ fn failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> InjectError {
 /// All faults of this node.
 #[derive(Debug)]
 pub struct Faults {
-    enabled: bool,
+    options: config::Inject,
     dir: PathBuf,
     bus: Arc<Bus>,
     supervisor: Arc<Supervisor>,
@@ -227,7 +222,7 @@ struct Active {
 impl Faults {
     /// The faults of this node; their records live below `state_dir`.
     pub fn new(
-        enabled: bool,
+        options: config::Inject,
         state_dir: &Path,
         bus: Arc<Bus>,
         supervisor: Arc<Supervisor>,
@@ -235,7 +230,7 @@ impl Faults {
     ) -> Arc<Self> {
         let dir = state_dir.join("faults");
         let (active, preparing) = (Mutex::default(), tokio::sync::Mutex::default());
-        Arc::new(Self { enabled, dir, bus, supervisor, systemd, active, preparing })
+        Arc::new(Self { options, dir, bus, supervisor, systemd, active, preparing })
     }
 
     fn active(&self) -> MutexGuard<'_, BTreeMap<String, Active>> {
@@ -312,15 +307,18 @@ impl Faults {
 
     /// Injects a fault; answers its record once the deed is done.
     pub async fn inject(self: &Arc<Self>, request: &Request) -> Result<Record, InjectError> {
-        if !self.enabled {
+        if !self.options.enabled {
             return Err(InjectError::Disabled);
         }
         let signal = parse_signal(request)?;
-        if let Some(ms) = request.for_ms {
-            if request.fault == Fault::Kill || !(100..=3_600_000).contains(&ms) {
-                let text = "--for goes with stop, hang and oom, from 100ms to 1h";
-                return Err(InjectError::Parameter(text.into()));
-            }
+        let asked = request.for_ms.map(Duration::from_millis);
+        let longest = self.options.longest;
+        if asked.is_some_and(|asked| request.fault == Fault::Kill || !(SHORTEST..=longest).contains(&asked)) {
+            return Err(InjectError::Parameter(format!(
+                "--for goes with stop, hang and oom, from {} to {} (inject.longest)",
+                humantime::format_duration(SHORTEST),
+                humantime::format_duration(longest)
+            )));
         }
         let preparing = self.preparing.lock().await;
         let (slot, unit) = self.supervisor.find(&request.unit).map_err(|error| InjectError::Unfit {
@@ -330,26 +328,25 @@ impl Faults {
         })?;
         let (view, phase, held) =
             self.supervisor.view(slot).unwrap_or((UnitView::default(), Phase::Unknown, false));
-        let unfit = |cause: &str, mend: &str| {
+        let refuse = |cause: &str, mend: &str| {
             Err(InjectError::Unfit { unit: unit.clone(), cause: cause.into(), mend: mend.into() })
         };
         if held {
-            return unfit("is held: a fault would not be healed", "ftctl release it first");
+            return refuse("is held: a fault would not be healed", "ftctl release it first");
         }
         if phase != Phase::Up {
-            return unfit("is not up", "wait until ftctl status shows it up");
+            return refuse("is not up", "wait until ftctl status shows it up");
         }
         if self.active().values().any(|a| a.record.unit == unit) {
-            return unfit("has a fault already", "wait for its end, or: ftctl inject recover");
+            return refuse("has a fault already", "wait for its end, or: ftctl inject recover");
         }
         let deed = match request.fault {
             Fault::Stop => Deed::stop(&unit),
             Fault::Kill => Deed::kill(&view, signal, request.whole)?,
             Fault::Hang => Deed::hang(&view)?,
-            Fault::Oom => Deed::oom(&unit, &view)?,
+            Fault::Oom => Deed::oom(&unit, &view, self.options.oom_room.as_u64())?,
         };
-        let lasting =
-            (!deed.undo.is_empty()).then(|| request.for_ms.map_or(DEFAULT_FOR, Duration::from_millis));
+        let lasting = (!deed.undo.is_empty()).then(|| asked.unwrap_or(self.options.default_for));
         let (record, act, ended) = self.prepare(unit, request.fault, deed, lasting).await?;
         drop(preparing);
         self.carry_out(record, act, ended, lasting).await
@@ -406,7 +403,7 @@ impl Faults {
         ended: oneshot::Receiver<&'static str>,
         lasting: Option<Duration>,
     ) -> Result<Record, InjectError> {
-        let watch = match act.perform(&record, &self.systemd).await {
+        let watch = match act.perform(&record, &self.systemd, self.options.job_deadline).await {
             Ok(watch) => watch,
             Err(error) => {
                 self.trouble(&record, error.to_string());
@@ -475,7 +472,7 @@ impl Faults {
         let same_boot = record.boot == boot_id();
         let mut errors = Vec::new();
         for undo in record.undo.iter().rev().filter(|undo| same_boot || undo.outlives_the_boot()) {
-            if let Err(error) = undo.run(&self.systemd).await {
+            if let Err(error) = undo.run(&self.systemd, self.options.job_deadline).await {
                 errors.push(error);
             }
         }
@@ -581,7 +578,7 @@ impl Deed {
         Ok(Self { detail, undo: vec![Undo::Continue(dir.clone())], act: Act::Halt(dir) })
     }
 
-    fn oom(unit: &str, view: &UnitView) -> Result<Self, InjectError> {
+    fn oom(unit: &str, view: &UnitView, room: u64) -> Result<Self, InjectError> {
         let main = view.main_pid;
         if main == 0 {
             return Err(InjectError::Parameter("the unit has no main process".into()));
@@ -597,7 +594,7 @@ impl Deed {
                     undo.push(Undo::CgroupFile { file, inode, content });
                 }
             }
-            let limit = used.trim().parse::<u64>().unwrap_or(0) + OOM_ROOM;
+            let limit = used.trim().parse::<u64>().unwrap_or(0) + room;
             OomPlace::Unit { limit, cgroup }
         } else if let Some(mount) = cgroup::v1_memory_mount() {
             let own = fs::read_to_string(format!("/proc/{main}/cgroup")).unwrap_or_default();
@@ -609,7 +606,7 @@ impl Deed {
             let back_to = mount.join(own.unwrap_or("/").trim_start_matches('/'));
             let group = mount.join(format!("ftd-fault-{main}"));
             undo.push(Undo::RemoveGroup { group: group.clone(), back_to });
-            OomPlace::Group { limit: OOM_ROOM, group }
+            OomPlace::Group { limit: room, group }
         } else {
             return Err(InjectError::Unfit {
                 unit: unit.to_owned(),
@@ -633,10 +630,15 @@ impl Deed {
 }
 
 impl Act {
-    async fn perform(self, record: &Record, systemd: &Systemd) -> Result<Watched, InjectError> {
+    async fn perform(
+        self,
+        record: &Record,
+        systemd: &Systemd,
+        limit: Duration,
+    ) -> Result<Watched, InjectError> {
         match self {
             Self::Stop => {
-                let result = systemd.stop(&record.unit, STOP_LIMIT).await;
+                let result = systemd.stop(&record.unit, limit).await;
                 let result = result.map_err(|e| failed("stopping")(io::Error::other(e)))?;
                 if result != "done" {
                     return Err(failed("stopping")(io::Error::other(format!("systemd says {result}"))));
@@ -692,15 +694,12 @@ impl Undo {
         matches!(self, Self::Start(_))
     }
 
-    async fn run(&self, systemd: &Systemd) -> Result<(), String> {
-        let gone = |error: &io::Error| {
-            error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
-        };
+    async fn run(&self, systemd: &Systemd, limit: Duration) -> Result<(), String> {
         let text = |what: String| move |error: io::Error| format!("{what}: {error}");
         match self {
             Self::Continue(dir) => {
                 let pids = match cgroup::processes(dir) {
-                    Err(error) if gone(&error) => return Ok(()),
+                    Err(error) if cgroup::is_gone(&error) => return Ok(()),
                     pids => pids.map_err(text(format!("{}", dir.display())))?,
                 };
                 for pid in pids {
@@ -709,7 +708,7 @@ impl Undo {
                 }
                 Ok(())
             }
-            Self::Start(unit) => match systemd.start(unit, START_LIMIT).await {
+            Self::Start(unit) => match systemd.start(unit, limit).await {
                 Ok(result) if result == "done" => Ok(()),
                 Ok(result) => Err(format!("starting {unit}: systemd says {result}")),
                 // Somebody is stopping it on purpose, and it is his now.
@@ -722,7 +721,7 @@ impl Undo {
                     return Ok(());
                 }
                 match fs::write(file, content) {
-                    Err(error) if gone(&error) => Ok(()),
+                    Err(error) if cgroup::is_gone(&error) => Ok(()),
                     written => written.map_err(text(format!("{}", file.display()))),
                 }
             }
@@ -738,7 +737,7 @@ impl Undo {
                     return Ok(());
                 }
                 match fs::write(format!("/proc/{pid}/oom_score_adj"), adjust.to_string()) {
-                    Err(error) if !gone(&error) && error.raw_os_error() != Some(libc::ESRCH) => {
+                    Err(error) if !cgroup::is_gone(&error) && error.raw_os_error() != Some(libc::ESRCH) => {
                         Err(text(format!("OOM score of {pid}"))(error))
                     }
                     _ => Ok(()),
@@ -819,6 +818,8 @@ fn start_time(pid: u32) -> Option<u64> {
 mod tests {
     use super::*;
 
+    const LIMIT: Duration = Duration::from_secs(1);
+
     fn request(fault: Fault, signal: Option<&str>) -> Request {
         let signal = signal.map(str::to_owned);
         Request { unit: "a".into(), fault, signal, whole: false, for_ms: None }
@@ -850,9 +851,9 @@ mod tests {
         fs::write(&file, "100").unwrap();
         let inode = fs::metadata(dir.path()).unwrap().ino();
         let undo = |inode| Undo::CgroupFile { file: file.clone(), inode, content: "max".into() };
-        assert_eq!(undo(inode + 1).run(&Systemd::default()).await, Ok(()));
+        assert_eq!(undo(inode + 1).run(&Systemd::default(), LIMIT).await, Ok(()));
         assert_eq!(fs::read_to_string(&file).unwrap(), "100");
-        assert_eq!(undo(inode).run(&Systemd::default()).await, Ok(()));
+        assert_eq!(undo(inode).run(&Systemd::default(), LIMIT).await, Ok(()));
         assert_eq!(fs::read_to_string(&file).unwrap(), "max");
     }
 
@@ -876,9 +877,9 @@ mod tests {
             Undo::CgroupFile { file: "/nonexistent/memory.max".into(), inode: 1, content: "max".into() },
             Undo::RemoveGroup { group: "/nonexistent/g".into(), back_to: "/nonexistent".into() },
         ] {
-            assert_eq!(undo.run(&systemd).await, Ok(()), "{undo:?}");
+            assert_eq!(undo.run(&systemd, LIMIT).await, Ok(()), "{undo:?}");
         }
         let start = Undo::Start("a.service".into());
-        assert!(start.run(&systemd).await.unwrap_err().contains("not connected"));
+        assert!(start.run(&systemd, LIMIT).await.unwrap_err().contains("not connected"));
     }
 }

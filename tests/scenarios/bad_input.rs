@@ -168,8 +168,11 @@ fn a_damaged_journal_and_a_damaged_state_file_are_said_and_survived() {
     let mut events = Events::follow(&host).unwrap();
     let all = all_events(&host);
     let repaired: Vec<_> = all.iter().filter(|event| event["event"] == "journal_repaired").collect();
-    assert_eq!(repaired.len(), 2, "{all:#?}");
+    assert_eq!(repaired.len(), 1, "{all:#?}");
     assert_eq!(repaired[0]["bytes"], 4);
+    let damaged: Vec<_> = all.iter().filter(|event| event["event"] == "state_damaged").collect();
+    assert_eq!(damaged.len(), 1, "{all:#?}");
+    assert_eq!(host.sh("cat /var/lib/ftd/heal.json.damaged").unwrap(), "{");
     kill_nginx(&host);
     events.wait_for("healed", NGINX).unwrap();
 }

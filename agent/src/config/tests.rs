@@ -89,6 +89,13 @@ fn all_that_is_wrong_is_said_at_once() {
 }
 
 #[test]
+fn the_times_and_sizes_of_faults_are_checked() {
+    let text = errors("[inject]\nlongest = \"10s\"\noom_room = \"4GiB\"\n");
+    assert!(text.contains("ftd.toml:2:1: 100ms <= inject.default_for <= inject.longest"), "{text}");
+    assert!(text.contains("30s, 10s") && text.contains("ftd.toml:3:1: inject.oom_room is 4.0 GiB"), "{text}");
+}
+
+#[test]
 fn start_and_stop_fit_into_what_systemd_allows() {
     let text = errors("[node]\nready_within = \"1min\"\nstop_within = \"4s\"\n");
     assert!(text.contains("ftd.toml:2:1: node.ready_within < TimeoutStartSec of ftd.service"), "{text}");

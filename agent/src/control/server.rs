@@ -191,6 +191,7 @@ impl IntoResponse for Refusal {
     }
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "every caller has an error or a text to give away")]
 fn refuse(error: impl ToString, mend: &str) -> Refusal {
     Refusal { error: error.to_string(), mend: mend.into() }
 }

@@ -22,14 +22,22 @@ pub fn directory(control_group: &str) -> Option<PathBuf> {
     Some(unified_mount().ok()?.join(control_group.trim_start_matches('/')))
 }
 
-/// The processes in a cgroup and the cgroups below it.
+/// Whether a file of a cgroup could not be used because the cgroup is gone.
+pub fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
+}
+
+/// The processes in a cgroup and the cgroups below it. A cgroup below that vanishes meanwhile has none.
 pub fn processes(dir: &Path) -> io::Result<Vec<u32>> {
     let mut pids: Vec<_> =
         fs::read_to_string(dir.join("cgroup.procs"))?.lines().filter_map(|pid| pid.parse().ok()).collect();
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
-            pids.extend(processes(&entry.path())?);
+            match processes(&entry.path()) {
+                Err(error) if is_gone(&error) => {}
+                below => pids.extend(below?),
+            }
         }
     }
     Ok(pids)
