@@ -519,13 +519,12 @@ enum OomPlace {
     Group { limit: u64, group: PathBuf },
 }
 
-/// Returns when the unit has been healed: what the fault did to its old run went with that.
+/// Returns when the unit is up in a new run: what the fault did to its old run went with that.
 async fn healed(mut follower: broadcast::Receiver<Arc<Event>>, unit: &str) {
+    let up = |kind: &Kind| matches!(kind, Kind::Healed { .. } | Kind::Started { .. });
     loop {
         match follower.recv().await {
-            Ok(event) if event.unit.as_deref() == Some(unit) && matches!(event.kind, Kind::Healed { .. }) => {
-                return;
-            }
+            Ok(event) if event.unit.as_deref() == Some(unit) && up(&event.kind) => return,
             Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
             Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
         }

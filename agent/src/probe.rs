@@ -12,6 +12,7 @@
 mod bpf;
 pub mod btf;
 mod decode;
+mod heap;
 mod names;
 mod pidfd;
 mod reader;

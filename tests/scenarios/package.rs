@@ -134,10 +134,12 @@ fn heals(host: &Host, fault: &[&str]) {
     let before = healed();
     host.ok(["ftctl", "inject"].iter().chain(fault)).unwrap();
     eventually(&format!("{fault:?} is healed"), || healed() > before);
-    eventually(&format!("{fault:?} is undone"), || {
-        host.sh("ftctl --json inject list").unwrap().trim() == "[]"
-    });
+    undone(host, &format!("{fault:?}"));
     services(host);
+}
+
+fn undone(host: &Host, what: &str) {
+    eventually(&format!("{what} is undone"), || host.sh("ftctl --json inject list").unwrap().trim() == "[]");
 }
 
 #[test]
@@ -177,10 +179,15 @@ fn services_do_not_notice_the_package() {
     assert_eq!(services(&host), pids);
     eventually("both are under care", || host.run(["ftctl", "status"]).unwrap().success());
     heals(&host, &["kill", "nginx"]);
-    // Stopped by a person, who is respected: it is the person who starts it again.
-    host.ok(["ftctl", "inject", "stop", "nginx"]).unwrap();
+    // A stop is respected, and over when its time is, or when somebody starts the unit before.
+    let up = || host.sh("ftctl --json status").unwrap().matches(r#""up""#).count() == 2;
+    host.ok(["ftctl", "inject", "stop", "nginx", "--for", "300ms"]).unwrap();
+    undone(&host, "a stop with an end");
+    eventually("nginx is up again by itself", up);
+    host.ok(["ftctl", "inject", "stop", "nginx", "--for", "1h"]).unwrap();
     host.sh("systemctl start nginx").unwrap();
-    eventually("nginx is up", || host.sh("ftctl --json status").unwrap().matches(r#""up""#).count() == 2);
+    undone(&host, "a stop that somebody ends");
+    eventually("nginx is up again by hand", up);
     heals(&host, &["hang", "nginx", "--for", "1min"]);
     heals(&host, &["oom", "nginx"]);
     heals(&host, &["oom", "apache2"]);

@@ -23,6 +23,7 @@ use aya::{
 use super::{
     Drops, Missing, ProbeError, ProbeEvent, ProbeOptions, Realtime, Slot, WatchError,
     btf::{BtfTypes, RUNNING_KERNEL},
+    heap,
     names::Names,
     page_size,
     reader::Reader,
@@ -147,6 +148,8 @@ impl Probe {
         };
         let reader =
             Reader::start(ring, options.realtime_priority, page_size(), sink).map_err(ProbeError::Reader)?;
+        drop(btf);
+        heap::give_back();
         Ok(Self { reader, ebpf, maps: Mutex::new(maps), mount, missing, follows })
     }
 

@@ -161,14 +161,26 @@ impl Systemd {
         Ok(Self(stream))
     }
 
-    /// Asks for a start and waits for the answer, which comes when the job is queued.
+    /// Asks for a start and waits for the answer, which comes when the job is queued. Signals, which may come
+    /// before it, are passed over: to leave with the call unread would take it back.
     fn start(&mut self, unit: &str) -> Result<()> {
         self.0.write_all(&start_message(unit))?;
-        let mut fixed = [0; 16];
-        self.0.read_exact(&mut fixed)?;
-        // "Message Types": 2 is the answer to a call, 3 an error.
-        ensure!(fixed[1] == 2, "PID 1 answers StartUnit with a message of type {}", fixed[1]);
-        Ok(())
+        loop {
+            let mut fixed = [0; 16];
+            self.0.read_exact(&mut fixed)?;
+            let number = |at: usize| {
+                let bytes = [fixed[at], fixed[at + 1], fixed[at + 2], fixed[at + 3]];
+                u64::from(u32::from_le_bytes(bytes))
+            };
+            let rest = number(12).next_multiple_of(8) + number(4);
+            std::io::copy(&mut (&mut self.0).take(rest), &mut std::io::sink())?;
+            // "Message Types": 2 is the answer to a call, 3 an error, 4 a signal.
+            match fixed[1] {
+                2 => return Ok(()),
+                4 => {}
+                other => bail!("PID 1 answers StartUnit with a message of type {other}"),
+            }
+        }
     }
 }
 
