@@ -27,7 +27,7 @@ use tokio::{
 
 use crate::{
     config,
-    event::{Event, Kind, OpId, bus::Bus},
+    event::{Kind, OpId, bus::Bus},
     heal::{
         machine::Phase,
         saved::{boot_id, write_durably},
@@ -349,7 +349,10 @@ impl Faults {
         let lasting = (!deed.undo.is_empty()).then(|| asked.unwrap_or(self.options.default_for));
         let (record, act, ended) = self.prepare(unit, request.fault, deed, lasting).await?;
         drop(preparing);
-        self.carry_out(record, act, ended, lasting).await
+        // What a fault did to a run of the unit goes with that run.
+        let (supervisor, run) = (Arc::clone(&self.supervisor), view.active_enter);
+        let another_run = async move { supervisor.another_run(slot, run).await };
+        self.carry_out(record, act, ended, another_run, lasting).await
     }
 
     /// Announces a fault, lists it, and writes its way back. Answers also where its end will be asked for.
@@ -401,6 +404,7 @@ impl Faults {
         record: Record,
         act: Act,
         ended: oneshot::Receiver<&'static str>,
+        another_run: impl Future<Output = ()> + Send + 'static,
         lasting: Option<Duration>,
     ) -> Result<Record, InjectError> {
         let watch = match act.perform(&record, &self.systemd, self.options.job_deadline).await {
@@ -416,7 +420,7 @@ impl Faults {
             self.finish(record.clone(), "done").await;
             return Ok(record);
         };
-        let (faults, ending, follower) = (Arc::clone(self), record.clone(), self.bus.follow());
+        let (faults, ending) = (Arc::clone(self), record.clone());
         tokio::spawn(async move {
             let why = tokio::select! {
                 () = tokio::time::sleep(lasting) => "time",
@@ -428,7 +432,7 @@ impl Faults {
                         "it had no effect"
                     }
                 },
-                () = healed(follower, &ending.unit) => "healed",
+                () = another_run => "healed",
             };
             faults.finish(ending, why).await;
         });
@@ -517,18 +521,6 @@ enum OomPlace {
     Unit { limit: u64, cgroup: PathBuf },
     /// A group of its own in the memory controller's hierarchy, on hybrid hosts.
     Group { limit: u64, group: PathBuf },
-}
-
-/// Returns when the unit is up in a new run: what the fault did to its old run went with that.
-async fn healed(mut follower: broadcast::Receiver<Arc<Event>>, unit: &str) {
-    let up = |kind: &Kind| matches!(kind, Kind::Healed { .. } | Kind::Started { .. });
-    loop {
-        match follower.recv().await {
-            Ok(event) if event.unit.as_deref() == Some(unit) && up(&event.kind) => return,
-            Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
-            Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
-        }
-    }
 }
 
 /// Something whose end also ends the fault.

@@ -54,6 +54,7 @@ pub struct Supervisor {
     actions: mpsc::UnboundedSender<Action>,
     wake: watch::Sender<Option<BootNs>>,
     changes: watch::Sender<u64>,
+    runs: watch::Sender<u64>,
 }
 
 #[derive(Debug)]
@@ -187,8 +188,14 @@ impl Supervisor {
         let (actions, wanted) = mpsc::unbounded_channel();
         let elsewhere = Elsewhere { per_minute: elsewhere_per_minute, ..Elsewhere::default() };
         let state = Mutex::new(State { units: units.collect(), elsewhere });
-        let supervisor =
-            Self { bus, state, actions, wake: watch::Sender::new(None), changes: watch::Sender::new(0) };
+        let supervisor = Self {
+            bus,
+            state,
+            actions,
+            wake: watch::Sender::new(None),
+            changes: watch::Sender::new(0),
+            runs: watch::Sender::new(0),
+        };
         supervisor.plan_wake(&supervisor.state());
         (Arc::new(supervisor), wanted)
     }
@@ -347,8 +354,27 @@ impl Supervisor {
             let alias = Some(unit.config.name.clone());
             self.bus.emit(Some(id), None, Kind::UnitFound { alias });
         }
+        let run = |state: &State| state.units.get(slot.0 as usize).map(|u| u.machine.view().active_enter);
+        let before = run(&state);
         self.feed_locked(&mut state, slot, boot_now(), Input::View(view));
         self.plan_wake(&state);
+        if run(&state) != before {
+            self.runs.send_modify(|number| *number += 1);
+        }
+    }
+
+    /// Waits until a unit is up in another run than the one with this [`UnitView::active_enter`].
+    pub async fn another_run(&self, slot: Slot, old: u64) {
+        let mut runs = self.runs.subscribe();
+        loop {
+            if self.view(slot).is_some_and(|(view, ..)| view.is_active() && view.active_enter != old) {
+                return;
+            }
+            // The sender lives as long as this.
+            if runs.changed().await.is_err() {
+                return;
+            }
+        }
     }
 
     /// systemd cannot be reached.
