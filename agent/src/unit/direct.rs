@@ -36,7 +36,8 @@ pub(super) async fn connect(path: &Path) -> zbus::Result<Connection> {
 }
 
 /// The handshake of the D-Bus specification, "Authentication Protocol": EXTERNAL, that is, the kernel
-/// vouches for our user id.
+/// vouches for our user id. BEGIN goes out with it, and the first call only after the answer: PID 1 leaves a
+/// call that it reads together with BEGIN lying until something else comes.
 async fn authenticate(path: &Path) -> io::Result<(BufReader<OwnedReadHalf>, OwnedWriteHalf, String)> {
     let (reader, mut writer) = UnixStream::connect(path).await?.into_split();
     let mut reader = BufReader::new(reader);

@@ -149,7 +149,9 @@ impl Systemd {
     fn connect() -> Result<Self> {
         let mut stream = UnixStream::connect(PRIVATE_SOCKET).context(PRIVATE_SOCKET)?;
         // "Authentication Protocol": user id 0, written "0", in hexadecimal.
-        stream.write_all(b"\0AUTH EXTERNAL 30\r\n")?;
+        // With BEGIN in the same write: PID 1 may read a call together with a BEGIN that comes later, and
+        // then leaves it lying until something else comes.
+        stream.write_all(b"\0AUTH EXTERNAL 30\r\nBEGIN\r\n")?;
         let mut answer = Vec::new();
         while !answer.ends_with(b"\r\n") {
             let mut byte = [0];
@@ -157,7 +159,6 @@ impl Systemd {
             answer.extend(byte);
         }
         ensure!(answer.starts_with(b"OK "), "PID 1 says {:?}", String::from_utf8_lossy(&answer));
-        stream.write_all(b"BEGIN\r\n")?;
         Ok(Self(stream))
     }
 
