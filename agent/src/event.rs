@@ -298,6 +298,38 @@ pub enum Kind {
         /// What a person can do.
         mend: String,
     },
+    /// Files of a workload are not those of its last good generation.
+    FilesChanged {
+        /// Each path, and in what way.
+        changes: Vec<FileChange>,
+    },
+    /// They must not stay as they are: the last good ones are put back, if there are any.
+    FilesBad {
+        /// What is wrong with them: the checker's words, or what was done to them.
+        why: String,
+        /// What is put back.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        generation: Option<u64>,
+    },
+    /// The last good files are in their place again.
+    FilesPutBack {
+        /// The generation.
+        generation: u64,
+        /// How many files were not as they should be.
+        files: usize,
+    },
+    /// The service has served well with its files: these are what is put back from now on.
+    FilesGood {
+        /// The generation.
+        generation: u64,
+    },
+    /// Something could not be done about the files.
+    FilesTrouble {
+        /// What.
+        what: String,
+        /// Why not.
+        error: String,
+    },
     /// A fault is injected now. Opens an operation.
     FaultInjected {
         /// Its id, for `ftctl inject recover`.
@@ -331,6 +363,21 @@ impl Kind {
         let mend = "ftd tries again by itself; if it does not end, see that PID 1 is systemd and answers: \
                     systemctl is-system-running";
         Self::BusLost { cause, mend: mend.into() }
+    }
+}
+
+/// A file that is not as it was.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileChange {
+    /// Where.
+    pub path: String,
+    /// In what way.
+    pub what: String,
+}
+
+impl fmt::Display for FileChange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.path, self.what)
     }
 }
 

@@ -19,7 +19,7 @@ mod reader;
 pub mod selftest;
 mod source;
 
-use std::{fs, io, path::PathBuf};
+use std::{fs, io, path::PathBuf, time::Duration};
 
 pub use bpf::Probe;
 pub use pidfd::{PidfdError, PidfdWatch};
@@ -34,6 +34,19 @@ pub struct Slot(pub u32);
 /// Nanoseconds of `CLOCK_BOOTTIME`, the clock of everything that is measured in ftd.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct BootNs(pub u64);
+
+impl BootNs {
+    /// The moment `time` after this one.
+    #[must_use]
+    pub fn after(self, time: Duration) -> Self {
+        Self(self.0.saturating_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)))
+    }
+
+    /// The time from `earlier` to this moment; none when that is later.
+    pub fn since(self, earlier: Self) -> Duration {
+        Duration::from_nanos(self.0.saturating_sub(earlier.0))
+    }
+}
 
 /// One thing that the kernel reported. `slot` is `None` for a process outside every watched unit.
 #[derive(Debug, Clone, PartialEq, Eq)]

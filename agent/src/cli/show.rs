@@ -376,6 +376,25 @@ fn describe(kind: &Kind) -> (String, Option<Colour>) {
         Kind::HealthNotAsked { check, error, mend } => {
             (format!("health cannot be asked for: {check}: {error}{}", mend_line(mend)), Some(Red))
         }
+        Kind::FilesChanged { changes } => {
+            let lines: String =
+                changes.iter().map(|change| format!("\n      {}", plain(&change.to_string()))).collect();
+            (format!("files changed:{lines}"), Some(Yellow))
+        }
+        Kind::FilesBad { why, generation } => {
+            let then = generation.map_or_else(
+                || "there is no good generation to put back".to_owned(),
+                |number| format!("generation {number} is put back"),
+            );
+            (format!("the files must not stay like that: {}; {then}", plain(why)), Some(Red))
+        }
+        Kind::FilesPutBack { generation, files } => {
+            (format!("{files} files are those of generation {generation} again"), Some(Green))
+        }
+        Kind::FilesGood { generation } => {
+            (format!("generation {generation} of the files is good"), Some(Green))
+        }
+        Kind::FilesTrouble { what, error } => (format!("{what}: {}", plain(error)), Some(Red)),
         Kind::FaultInjected { id, detail, .. } => (format!("FAULT {id}: {detail}"), Some(Yellow)),
         Kind::FaultUndone { id, why } => (format!("fault {id} is over ({why})"), None),
         Kind::FaultTrouble { id, error } => (format!("fault {id}: {error}"), Some(Red)),

@@ -303,19 +303,6 @@ pub struct Machine {
     left: bool,
 }
 
-fn ns(d: Duration) -> u64 {
-    u64::try_from(d.as_nanos()).unwrap_or(u64::MAX)
-}
-
-impl BootNs {
-    fn after(self, d: Duration) -> Self {
-        Self(self.0.saturating_add(ns(d)))
-    }
-    fn since(self, earlier: Self) -> Duration {
-        Duration::from_nanos(self.0.saturating_sub(earlier.0))
-    }
-}
-
 impl Machine {
     /// A machine that takes up what an earlier ftd left, with both clocks as they are now.
     pub fn new(policy: Policy, saved: Saved, now: BootNs, wall: jiff::Timestamp) -> Self {
