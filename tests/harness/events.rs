@@ -79,6 +79,16 @@ impl Events {
         }
     }
 
+    /// The last event of this kind about this unit that was seen, else the next one: for what may come before or
+    /// after something else that was waited for.
+    pub fn seen_or_next(&mut self, kind: &str, unit: &str) -> Result<Value> {
+        let wanted = |event: &&Value| event["event"] == kind && event["unit"] == unit;
+        match self.seen().iter().rev().find(wanted).cloned() {
+            Some(event) => Ok(event),
+            None => self.wait_for(kind, unit),
+        }
+    }
+
     /// The next event of this kind about this unit.
     pub fn wait_for(&mut self, kind: &str, unit: &str) -> Result<Value> {
         let what = format!("{kind} of {unit}");
