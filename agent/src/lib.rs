@@ -6,6 +6,7 @@
 //! cli  control          people: ftctl, the API on a unix socket
 //! inject                what is broken on purpose
 //! heal                  decisions on this host
+//! snapshot              state -> bytes that outlive it
 //! unit  probe           systemd over D-Bus / kernel -> events
 //! event  config         the words that everything above speaks
 //! ```
@@ -19,4 +20,5 @@ pub mod event;
 pub mod heal;
 pub mod inject;
 pub mod probe;
+pub mod snapshot;
 pub mod unit;

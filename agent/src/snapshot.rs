@@ -1,0 +1,7 @@
+//! Snapshots: the state of a workload -> bytes that outlive it.
+//!
+//! A snapshot is one *generation* of a workload: its files and, if asked, the images of its processes. It is
+//! there whole or not at all, and once it has proved healthy it is *good*. [`store`] keeps generations on disk; what
+//! is in them, it does not know: entries with a name, some bytes of metadata and a content.
+
+pub mod store;
