@@ -236,6 +236,42 @@ fn who_reads_is_not_disturbed_by_what_is_removed_meanwhile() {
 }
 
 #[test]
+fn readers_see_whole_generations_while_others_write_and_sweep() {
+    let lab = Lab::new();
+    let bytes = |number: u64| [content(1, 20_000), content(number + 10, 30_000)].concat();
+    take(&lab.store, "w", &[("a", &bytes(1))]).unwrap();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let reader = || {
+            // As another process: nothing is shared but the directory.
+            let store = Store::open(lab.dir.path(), settings()).unwrap();
+            let mut whole = 0;
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                for generation in store.generations("w").unwrap() {
+                    match read(&store, "w", generation.number, "a") {
+                        Ok(read) => assert!(read == bytes(generation.number)),
+                        Err(Error::NoGeneration { .. }) => continue,
+                        Err(error) => panic!("{error}"),
+                    }
+                    whole += 1;
+                }
+            }
+            whole
+        };
+        let readers = [scope.spawn(reader), scope.spawn(reader)];
+        let two = Retention { count: Some(2), ..Retention::default() };
+        for number in 2..80 {
+            assert_eq!(take(&lab.store, "w", &[("a", &bytes(number))]).unwrap(), number);
+            lab.store.sweep(&two, jiff::Timestamp::now()).unwrap();
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        for reader in readers {
+            assert!(reader.join().unwrap() > 10);
+        }
+    });
+}
+
+#[test]
 fn a_pack_that_is_mostly_dead_is_copied_and_many_small_ones_are_made_one() {
     let lab = Lab::with(Settings { pack_bytes: 64 << 20, ..settings() });
     let keep = content(1, 20_000);
