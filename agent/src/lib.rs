@@ -6,7 +6,7 @@
 //! cli  control          people: ftctl, the API on a unix socket
 //! inject                what is broken on purpose
 //! heal                  decisions on this host
-//! snapshot              state -> bytes that outlive it
+//! snapshot              state -> bytes that outlive it, and back
 //! unit  probe           systemd over D-Bus / kernel -> events
 //! event  config         the words that everything above speaks
 //! ```

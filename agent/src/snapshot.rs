@@ -1,7 +1,9 @@
-//! Snapshots: the state of a workload -> bytes that outlive it.
+//! Snapshots: the state of a workload -> bytes that outlive it, and back.
 //!
 //! A snapshot is one *generation* of a workload: its files and, if asked, the images of its processes. It is
-//! there whole or not at all, and once it has proved healthy it is *good*. [`store`] keeps generations on disk; what
-//! is in them, it does not know: entries with a name, some bytes of metadata and a content.
+//! there whole or not at all, and once it has proved healthy it is *good*. [`files`] takes files and puts them back.
+//! [`store`] keeps generations on disk; what is in them, it does not know: entries with a name, some bytes of
+//! metadata and a content.
 
+pub mod files;
 pub mod store;
