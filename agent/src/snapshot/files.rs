@@ -1,4 +1,4 @@
-//! The files of a workload: taken, compared, put back.
+//! The files of a workload: taken, compared, put back, watched.
 //!
 //! ```text
 //! Selection   what belongs to a workload: paths, directories, patterns
@@ -6,6 +6,7 @@
 //! capture     file system -> entries, and the contents to whoever keeps them
 //! compare     entries, entries -> what differs, in words; diff: for people
 //! restore     entries, contents -> file system
+//! watch       file system -> "these paths may have changed", at once
 //! ```
 //!
 //! **Whose names these are.** ftd is root, and directories that services own lie among what it reads and writes.
@@ -25,7 +26,7 @@
 //! whole; and all new ones lie ready, synced and checked against their hashes, before the first is put in place
 //! ([`restore`]).
 //!
-//! All of this waits for disks: call it where that may be. ftd is sandboxed: what must be opened for it is in docs/security.md.
+//! All but [`watch()`] waits for disks: call it where that may be. ftd is sandboxed: what must be opened for it is in docs/security.md.
 
 pub mod capture;
 pub mod compare;
@@ -36,12 +37,14 @@ pub mod restore;
 pub mod select;
 #[cfg(test)]
 mod tests;
+pub mod watch;
 
 pub use capture::{CaptureError, Captured, capture, look};
 pub use compare::{Change, Difference, compare};
 pub use entry::{Bytes, Entry, Kind, Seen, Xattr};
 pub use restore::{Plan, RestoreError};
 pub use select::{Pattern, PatternError, Selection};
+pub use watch::{Batch, Timing, watch};
 
 use std::io::{self, Read};
 
