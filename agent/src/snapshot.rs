@@ -6,4 +6,5 @@
 //! metadata and a content.
 
 pub mod files;
+pub mod generation;
 pub mod store;
