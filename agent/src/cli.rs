@@ -16,6 +16,7 @@ use crate::{
 
 mod client;
 mod show;
+mod snapshot;
 
 use client::{Client, Failure};
 
@@ -96,6 +97,26 @@ Examples:
   ftctl inject list                      faults that have not ended
   ftctl inject recover                   undo them now")]
     Inject(InjectArgs),
+    /// Keep the files of workloads, generation by generation.
+    #[command(after_help = "\
+Which files belong to a workload says files = [...] in the configuration. As root; ftd need not run.
+
+Examples:
+  ftctl snapshot take web --good            the files as they are are good ones
+  ftctl snapshot list
+  ftctl snapshot diff web                   what has changed since the last good one; exit code 4 if anything
+  ftctl restore web --dry-run               what it would take to have that back
+  ftctl snapshot export web --generation 3 /root/web-3.ftd")]
+    Snapshot(SnapshotArgs),
+    /// Put the files of a workload back as they were.
+    #[command(after_help = "\
+Each file is, at any moment, the old or the new one, whole. What is there besides is left alone.
+
+Examples:
+  ftctl restore nginx                       from the last good snapshot
+  ftctl restore nginx --generation 3 --exact
+  ftctl restore nginx --dry-run")]
+    Restore(RestoreCommand),
     /// Say what this host has and lacks, each with cause and mend.
     Doctor(ConfigFile),
     /// Look at the configuration.
@@ -186,6 +207,22 @@ struct Lasting {
     /// End by itself after this long [default: inject.default_for of the configuration, 30s]
     #[arg(long = "for", value_name = "TIME", value_parser = duration)]
     lasting: Option<Duration>,
+}
+
+#[derive(Debug, Args)]
+struct SnapshotArgs {
+    #[command(flatten)]
+    at: snapshot::ConfigAt,
+    #[command(subcommand)]
+    what: snapshot::SnapshotCommand,
+}
+
+#[derive(Debug, Args)]
+struct RestoreCommand {
+    #[command(flatten)]
+    at: snapshot::ConfigAt,
+    #[command(flatten)]
+    args: snapshot::RestoreArgs,
 }
 
 #[derive(Debug, Args)]
@@ -300,6 +337,8 @@ impl Cli {
                 if json { show::json(&answer)? } else { show::released(&answer) }
             }
             Command::Inject(InjectArgs { what }) => inject(&client, what, json).await?,
+            Command::Snapshot(args) => return snapshot::snapshot(args.what, &args.at.config, json),
+            Command::Restore(args) => return snapshot::restore(&args.args, &args.at.config, json),
             Command::Doctor(file) => return doctor(&client, &file, json).await,
             Command::Config(ConfigCommand::Check { file }) => {
                 let config = match Config::load(&file) {

@@ -9,7 +9,7 @@ use std::{
     collections::HashMap,
     fmt,
     net::{Ipv6Addr, SocketAddr},
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
     time::Duration,
 };
 
@@ -48,6 +48,8 @@ pub struct Config {
     pub heal: Heal,
     /// Faults on purpose.
     pub inject: Inject,
+    /// Snapshots.
+    pub snapshot: Snapshot,
     /// What is under care.
     #[serde(rename = "workload")]
     pub workloads: Vec<Workload>,
@@ -273,6 +275,22 @@ impl Default for Inject {
     }
 }
 
+/// `[snapshot]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Snapshot {
+    /// What all snapshots together may take on disk.
+    pub quota: ByteSize,
+    /// How many generations of each workload `ftctl snapshot gc` keeps; besides these, the last good one.
+    pub keep: usize,
+}
+
+impl Default for Snapshot {
+    fn default() -> Self {
+        Self { quota: ByteSize::gib(4), keep: 10 }
+    }
+}
+
 /// `[[workload]]`: units that belong together.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -306,6 +324,9 @@ pub struct Workload {
     /// Failures do not count for this long after a start.
     #[serde(default = "health_grace", with = "humantime_serde")]
     pub health_grace: Duration,
+    /// Files that belong to it: absolute paths of files and directories, and patterns.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<Spanned<String>>,
     /// `[workload.heal]`: this workload's own figures; what is left out is as in `[heal]`.
     #[serde(default)]
     pub heal: HealOverride,
@@ -539,6 +560,20 @@ impl Config {
                 "use at least \"1MiB\"".into(),
             );
         }
+        if self.snapshot.quota < ByteSize::mib(16) {
+            say(
+                key(&["snapshot", "quota"]),
+                format!("snapshot.quota is {}: too little to keep anything", self.snapshot.quota),
+                "use at least \"16MiB\"; its default is 4GiB".into(),
+            );
+        }
+        if self.snapshot.keep == 0 {
+            say(
+                key(&["snapshot", "keep"]),
+                "snapshot.keep is 0: nothing would be kept".into(),
+                "use at least 1; its default is 10".into(),
+            );
+        }
         let inject = &self.inject;
         if inject.default_for < Duration::from_millis(100) || inject.default_for > inject.longest {
             let time = humantime::format_duration;
@@ -647,6 +682,17 @@ impl Config {
                     format!("workload \"{name}\" is defined twice (first in line {line})"),
                     "rename one, or put their units together".into(),
                 );
+            }
+            for file in &workload.files {
+                let path = Path::new(file.as_ref());
+                if !path.is_absolute() || path.components().any(|part| part == Component::ParentDir) {
+                    say(
+                        Some(file.span().start),
+                        format!("\"{}\" names no files: paths are absolute and without \"..\"", file.as_ref()),
+                        "write it like \"/etc/nginx/nginx.conf\", \"/etc/nginx\" or \"/etc/nginx/conf.d/*.conf\""
+                            .into(),
+                    );
+                }
             }
             if workload.units.is_empty() {
                 say(

@@ -93,7 +93,7 @@ pub(super) fn config(value: &Value) -> Result<(), Failure> {
     Ok(())
 }
 
-fn table(header: &[&str]) -> Table {
+pub(super) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header(header.iter().map(|h| paint(h, Colour::Grey)));
     for column in table.column_iter_mut() {

@@ -1,0 +1,460 @@
+//! `ftctl snapshot` and `ftctl restore`: the files of workloads, kept in the store and put back.
+//!
+//! They work on the store itself, as root, and not through the daemon: what is put back when things are at their
+//! worst must not need a running ftd, nor its sandbox opened. The store takes one writer at a time, whoever it is.
+
+use std::{
+    fs::File,
+    io::{self, BufReader, BufWriter, Read as _, Write as _},
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use bytesize::ByteSize;
+use clap::{Args, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+
+use super::{NOT_WELL, client::Failure, show};
+use crate::{
+    config::{self, Config, Workload, unit_name},
+    heal::saved::boot_id,
+    snapshot::{
+        files::{Contents as _, Difference, Entry, Plan, Selection, compare, diff, look},
+        generation::{Files, take},
+        store::{About, Generation, Kind, Retention, Settings, Store},
+    },
+};
+
+/// Lines of a file's difference that are shown.
+const DIFF_LINES: usize = 60;
+/// A file of which more than this is different is not read to be shown.
+const DIFF_BYTES: u64 = 1 << 20;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum SnapshotCommand {
+    /// Take a snapshot of a workload's files.
+    Take {
+        /// The workload, or one of its units.
+        workload: String,
+        /// It serves well with these files: mark the snapshot good.
+        #[arg(long)]
+        good: bool,
+    },
+    /// List what there is.
+    List {
+        /// Only of this workload.
+        workload: Option<String>,
+    },
+    /// Show what is in a snapshot.
+    Show(Which),
+    /// Show how the files differ now from a snapshot.
+    Diff(Which),
+    /// Mark a snapshot good: what `ftctl restore` puts back when it is not told otherwise.
+    Good(Which),
+    /// Read everything, and say what is damaged.
+    Verify,
+    /// Write a snapshot into a file, to keep it elsewhere.
+    Export {
+        #[command(flatten)]
+        which: Which,
+        /// The file; it must not be there yet.
+        file: PathBuf,
+    },
+    /// Take in a snapshot that was exported.
+    Import {
+        /// The file.
+        file: PathBuf,
+    },
+    /// Let old snapshots go (`snapshot.keep` of each workload stay, and the last good one), and free their room.
+    Gc,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Which {
+    /// The workload, or one of its units.
+    workload: String,
+    /// The snapshot's number; the last good one when left out, or the newest where none is good.
+    #[arg(long, value_name = "NUMBER")]
+    generation: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct RestoreArgs {
+    #[command(flatten)]
+    which: Which,
+    /// Remove files that are not in the snapshot.
+    #[arg(long)]
+    exact: bool,
+    /// Only say what would be done.
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// The configuration and the store.
+struct Place {
+    config: Config,
+    store: Store,
+}
+
+fn local(error: impl std::fmt::Display) -> Failure {
+    Failure::Local(error.to_string())
+}
+
+impl Place {
+    fn open(path: &Path) -> Result<Self, Failure> {
+        if !nix::unistd::geteuid().is_root() {
+            return Err(local(
+                "snapshots hold files of root's, and so only root may use them\n  mend: use sudo",
+            ));
+        }
+        let config = Config::load(path).map_err(local)?;
+        let settings = Settings { quota: Some(config.snapshot.quota.as_u64()), ..Settings::default() };
+        let store = Store::open(&config.node.state_dir.join("snapshots"), settings).map_err(local)?;
+        Ok(Self { config, store })
+    }
+
+    /// A workload by its name, or by that of one of its units.
+    fn workload(&self, name: &str) -> Result<&Workload, Failure> {
+        let named = |workload: &&Workload| workload.name.as_ref() == name;
+        let of_unit = |workload: &&Workload| {
+            workload.units.iter().any(|unit| unit_name(unit.as_ref()) == unit_name(name))
+        };
+        let all = &self.config.workloads;
+        all.iter().find(named).or_else(|| all.iter().find(of_unit)).ok_or_else(|| {
+            let known: Vec<_> = all.iter().map(|workload| workload.name.as_ref().as_str()).collect();
+            let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+            local(format!("there is no workload {name}; there are: {known}\n  mend: see ftctl config show"))
+        })
+    }
+
+    fn selection(workload: &Workload) -> Result<Selection, Failure> {
+        if workload.files.is_empty() {
+            return Err(local(format!(
+                "workload {} has no files\n  mend: name them in the configuration, like files = [\"/etc/nginx\"]",
+                workload.name.as_ref()
+            )));
+        }
+        Selection::parse(workload.files.iter().map(|file| file.as_ref().as_str())).map_err(local)
+    }
+
+    /// The name of the workload that is meant, also of one that is only in the store, and the snapshot's number.
+    fn which(&self, which: &Which) -> Result<(String, u64), Failure> {
+        let stored = self.store.workloads().map_err(local)?;
+        let name = match self.workload(&which.workload) {
+            Ok(workload) => workload.name.as_ref().clone(),
+            Err(_) if stored.contains(&which.workload) => which.workload.clone(),
+            Err(error) => return Err(error),
+        };
+        if let Some(number) = which.generation {
+            return Ok((name, number));
+        }
+        let good = self.store.last_good(&name).map_err(local)?.map(|generation| generation.number);
+        let newest = || {
+            let all = self.store.generations(&name).map_err(local)?;
+            all.last().map(|generation| generation.number).ok_or_else(|| {
+                local(format!("there is no snapshot of {name}\n  mend: ftctl snapshot take {name}"))
+            })
+        };
+        let number = good.map_or_else(newest, Ok)?;
+        Ok((name, number))
+    }
+
+    fn files(&self, which: &Which) -> Result<(String, u64, Files), Failure> {
+        let (name, number) = self.which(which)?;
+        let files = Files::open(&self.store, &name, number).map_err(local)?;
+        Ok((name, number, files))
+    }
+}
+
+fn bar(json: bool) -> ProgressBar {
+    let style = ProgressStyle::with_template(
+        "{bar:30} {decimal_bytes}/{decimal_total_bytes}  {decimal_bytes_per_sec}  {eta}",
+    );
+    // It is drawn on standard error, and only where that is a terminal.
+    let bar = if json { ProgressBar::hidden() } else { ProgressBar::no_length() };
+    // The template is a constant, and valid.
+    if let Ok(style) = style { bar.with_style(style) } else { bar }
+}
+
+fn advance(bar: &ProgressBar) -> impl FnMut(u64, u64) + '_ {
+    |done, of| {
+        bar.set_length(of);
+        bar.set_position(done);
+    }
+}
+
+fn value(workload: &str, generation: &Generation) -> serde_json::Value {
+    json!({
+        "workload": workload,
+        "generation": generation.number,
+        "time": generation.about.time,
+        "node": generation.about.node,
+        "kind": match generation.about.kind { Kind::Files => "files", Kind::Process => "process" },
+        "good": generation.good,
+        "origin": generation.origin,
+        "bytes": generation.stats.total,
+        "new_bytes": generation.stats.new,
+        "stored_bytes": generation.stats.stored,
+    })
+}
+
+pub(super) fn snapshot(command: SnapshotCommand, config: &Path, json: bool) -> Result<ExitCode, Failure> {
+    let place = Place::open(config)?;
+    match command {
+        SnapshotCommand::Take { workload, good } => take_one(&place, &workload, good, json)?,
+        SnapshotCommand::List { workload } => list(&place, workload.as_deref(), json)?,
+        SnapshotCommand::Show(which) => contents(&place, &which, json)?,
+        SnapshotCommand::Diff(which) => return differences(&place, &which, json),
+        SnapshotCommand::Good(which) => {
+            let (name, number) = place.which(&which)?;
+            place.store.mark_good(&name, number).map_err(local)?;
+            tell(json, &json!({ "workload": name, "generation": number, "good": true }), || {
+                format!("snapshot {number} of {name} is good")
+            })?;
+        }
+        SnapshotCommand::Verify => return verify(&place, json),
+        SnapshotCommand::Export { which, file } => {
+            let (name, number) = place.which(&which)?;
+            let bytes = export(&place.store, &name, number, &file)?;
+            tell(
+                json,
+                &json!({ "workload": name, "generation": number, "file": file, "bytes": bytes }),
+                || format!("snapshot {number} of {name} is in {} ({})", file.display(), ByteSize::b(bytes)),
+            )?;
+        }
+        SnapshotCommand::Import { file } => {
+            let source = File::open(&file).map_err(|error| local(format!("{}: {error}", file.display())))?;
+            let bar = bar(json);
+            let generation = place.store.import(BufReader::new(source), advance(&bar)).map_err(local)?;
+            bar.finish_and_clear();
+            let name = &generation.about.workload;
+            tell(json, &value(name, &generation), || {
+                format!("snapshot {} of {name}, taken on {}", generation.number, generation.about.node)
+            })?;
+        }
+        SnapshotCommand::Gc => {
+            let retention = Retention { count: Some(place.config.snapshot.keep), ..Retention::default() };
+            let freed = place.store.sweep(&retention, jiff::Timestamp::now()).map_err(local)?;
+            tell(json, &json!({ "generations": freed.generations, "bytes": freed.bytes }), || {
+                format!("{} snapshots gone, {} free again", freed.generations.len(), ByteSize::b(freed.bytes))
+            })?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn tell(json: bool, value: &serde_json::Value, text: impl FnOnce() -> String) -> Result<(), Failure> {
+    if json {
+        return show::json(value);
+    }
+    show::line(&text());
+    Ok(())
+}
+
+fn take_one(place: &Place, name: &str, good: bool, json: bool) -> Result<(), Failure> {
+    let workload = place.workload(name)?;
+    let name = workload.name.as_ref();
+    let about = About {
+        workload: name.clone(),
+        kind: Kind::Files,
+        node: place.config.node_name(),
+        boot_id: boot_id(),
+        time: jiff::Timestamp::now(),
+    };
+    let (mut generation, captured) =
+        take(&place.store, about, &Place::selection(workload)?).map_err(local)?;
+    if good {
+        place.store.mark_good(name, generation.number).map_err(local)?;
+        generation.good = true;
+    }
+    let mut all = value(name, &generation);
+    all["files"] = captured.entries.len().into();
+    all["unmatched"] = json!(captured.unmatched);
+    all["skipped"] = json!(captured.skipped);
+    tell(json, &all, || {
+        let stats = &generation.stats;
+        let unmatched = captured.unmatched.iter().map(|pattern| format!("nothing there: {pattern}"));
+        let skipped = captured.skipped.iter();
+        let skipped = skipped.map(|one| format!("left out: {}: {}", one.path.display(), one.why));
+        let notes: String =
+            unmatched.chain(skipped).map(|note| format!("\n  {}", show::plain(&note))).collect();
+        format!(
+            "snapshot {} of {name}: {} entries, {}, of which {} are new{}{notes}",
+            generation.number,
+            captured.entries.len(),
+            ByteSize::b(stats.total),
+            ByteSize::b(stats.new),
+            if good { "; good" } else { "" }
+        )
+    })
+}
+
+fn list(place: &Place, only: Option<&str>, json: bool) -> Result<(), Failure> {
+    let only = only.map(|name| match place.workload(name) {
+        Ok(workload) => workload.name.as_ref().clone(),
+        // It may be in the store alone.
+        Err(_) => name.to_owned(),
+    });
+    let mut all = Vec::new();
+    for name in place.store.workloads().map_err(local)? {
+        if only.as_ref().is_none_or(|only| *only == name) {
+            let generations = place.store.generations(&name).map_err(local)?;
+            all.extend(generations.into_iter().map(|generation| (name.clone(), generation)));
+        }
+    }
+    if json {
+        return show::json(&all.iter().map(|(name, one)| value(name, one)).collect::<Vec<_>>());
+    }
+    let mut table = show::table(&["WORKLOAD", "NUMBER", "TAKEN", "ON", "BYTES", "STORED", "GOOD"]);
+    for (name, generation) in &all {
+        table.add_row([
+            name.clone(),
+            generation.number.to_string(),
+            generation.about.time.strftime("%Y-%m-%d %H:%M:%S").to_string(),
+            generation.about.node.clone(),
+            ByteSize::b(generation.stats.total).to_string(),
+            ByteSize::b(generation.stats.stored).to_string(),
+            if generation.good { "good" } else { "" }.to_owned(),
+        ]);
+    }
+    let used = ByteSize::b(place.store.used().map_err(local)?);
+    show::line(&table.to_string());
+    show::line(&format!("{} snapshots, {used} of {} used", all.len(), place.config.snapshot.quota));
+    Ok(())
+}
+
+fn contents(place: &Place, which: &Which, json: bool) -> Result<(), Failure> {
+    let (name, number, files) = place.files(which)?;
+    let captured = files.captured();
+    if json {
+        return show::json(&json!({ "workload": name, "generation": number, "files": captured }));
+    }
+    let mut table = show::table(&["MODE", "OWNER", "BYTES", "PATH"]);
+    for entry in &captured.entries {
+        let (size, path) = described(entry);
+        table.add_row([format!("{:04o}", entry.mode), format!("{}:{}", entry.uid, entry.gid), size, path]);
+    }
+    show::line(&format!("snapshot {number} of {name}"));
+    show::line(&table.to_string());
+    Ok(())
+}
+
+fn described(entry: &Entry) -> (String, String) {
+    use crate::snapshot::files::Kind;
+    let path = show::plain(&entry.path.to_string_lossy());
+    match &entry.kind {
+        Kind::File { size, .. } => (size.to_string(), path),
+        Kind::Dir => (String::new(), format!("{path}/")),
+        Kind::Symlink { target } => {
+            (String::new(), format!("{path} -> {}", show::plain(&target.to_string_lossy())))
+        }
+    }
+}
+
+fn differences(place: &Place, which: &Which, json: bool) -> Result<ExitCode, Failure> {
+    let (name, number, files) = place.files(which)?;
+    let workload = place.workload(&name)?;
+    let then = files.captured();
+    let now = look(&Place::selection(workload)?, &then.entries).map_err(local)?;
+    let different = compare(&then.entries, &now.entries, Some(&files));
+    if json {
+        show::json(&json!({ "workload": name, "generation": number, "differences": different }))?;
+    } else if different.is_empty() {
+        show::line(&format!("the files of {name} are those of snapshot {number}"));
+    } else {
+        for one in &different {
+            show::line(&show::plain(&one.to_string()));
+            if let Some(text) = text_of(one, &then.entries, &files) {
+                show::line(text.trim_end());
+            }
+        }
+    }
+    Ok(if different.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(NOT_WELL) })
+}
+
+/// What is different inside a file that was and is there, if it is not too long.
+fn text_of(different: &Difference, then: &[Entry], files: &Files) -> Option<String> {
+    let old = then.iter().find(|entry| entry.path == different.path)?;
+    let short = |size: u64| size <= DIFF_BYTES;
+    let crate::snapshot::files::Kind::File { size, .. } = old.kind else { return None };
+    let new = File::open(&different.path).ok().filter(|file| file.metadata().is_ok_and(|m| m.is_file()))?;
+    if !short(size) || !new.metadata().is_ok_and(|metadata| short(metadata.len())) {
+        return None;
+    }
+    let (mut before, mut after) = (Vec::new(), Vec::new());
+    files.open(old).ok()?.read_to_end(&mut before).ok()?;
+    new.take(DIFF_BYTES).read_to_end(&mut after).ok()?;
+    Some(diff::diff(&different.path, &before, &after, DIFF_LINES)).filter(|text| !text.is_empty())
+}
+
+fn verify(place: &Place, json: bool) -> Result<ExitCode, Failure> {
+    let bar = bar(json);
+    let verified = place.store.verify(advance(&bar)).map_err(local)?;
+    bar.finish_and_clear();
+    let damage: Vec<_> = verified.damage.iter().map(ToString::to_string).collect();
+    let sound = damage.is_empty();
+    tell(
+        json,
+        &json!({
+            "whole": verified.whole, "chunks": verified.chunks, "bytes": verified.bytes, "damage": damage
+        }),
+        || {
+            let read = format!("{} read", ByteSize::b(verified.bytes));
+            let lines: String = damage.iter().map(|one| format!("\n  {}", show::plain(one))).collect();
+            format!("{} snapshots are whole, {} damages; {read}{lines}", verified.whole, damage.len())
+        },
+    )?;
+    Ok(if sound { ExitCode::SUCCESS } else { ExitCode::from(NOT_WELL) })
+}
+
+/// Into a new file, which is whole when this returns and not there when it fails.
+fn export(store: &Store, workload: &str, number: u64, file: &Path) -> Result<u64, Failure> {
+    let at = |error: io::Error| local(format!("{}: {error}", file.display()));
+    let out = File::create_new(file).map_err(at)?;
+    let written = (|| {
+        let mut out = BufWriter::new(out);
+        let bytes = store.export(workload, number, &mut out).map_err(local)?;
+        out.flush().map_err(at)?;
+        out.get_ref().sync_all().map_err(at)?;
+        Ok(bytes)
+    })();
+    if written.is_err() {
+        // It is ours, and of no use.
+        let _ = std::fs::remove_file(file);
+    }
+    written
+}
+
+pub(super) fn restore(args: &RestoreArgs, config: &Path, json: bool) -> Result<ExitCode, Failure> {
+    let place = Place::open(config)?;
+    let (name, number, files) = place.files(&args.which)?;
+    let selection = if args.exact { Some(Place::selection(place.workload(&name)?)?) } else { None };
+    let plan = Plan::new(files.captured(), selection.as_ref()).map_err(local)?;
+    let steps: Vec<_> = plan.steps().iter().map(ToString::to_string).collect();
+    if !args.dry_run {
+        let bar = bar(json);
+        plan.apply(&files, &mut advance(&bar)).map_err(local)?;
+        bar.finish_and_clear();
+    }
+    let done = json!({ "workload": name, "generation": number, "dry_run": args.dry_run, "steps": steps });
+    tell(json, &done, || {
+        let lines: String = steps.iter().map(|step| format!("\n  {}", show::plain(step))).collect();
+        match (steps.is_empty(), args.dry_run) {
+            (true, _) => format!("the files of {name} are those of snapshot {number}: nothing to do"),
+            (_, true) => format!("this would be done to have snapshot {number} of {name} back:{lines}"),
+            _ => format!(
+                "snapshot {number} of {name} is back:{lines}\n  the service reads it when it is reloaded"
+            ),
+        }
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Where the configuration is.
+#[derive(Debug, Args)]
+pub(super) struct ConfigAt {
+    /// The configuration file.
+    #[arg(long, global = true, value_name = "FILE", default_value = config::DEFAULT_PATH)]
+    pub(super) config: PathBuf,
+}
