@@ -1,5 +1,5 @@
 //! Builds ../agent-ebpf for the BPF target and leaves the object in `OUT_DIR`, where probe/bpf.rs
-//! embeds it.
+//! embeds it; and makes the types of CRIU's messages from proto/criu.proto, for snapshot/criu.rs.
 //!
 //! | variable | meaning |
 //! |---|---|
@@ -33,7 +33,7 @@ fn main() -> ExitCode {
     for variable in VARIABLES {
         println!("cargo::rerun-if-env-changed={variable}");
     }
-    match run() {
+    match messages().and_then(|()| run()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {
             for line in message.lines() {
@@ -42,6 +42,14 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Types for the messages that are spoken with CRIU.
+fn messages() -> Result<(), String> {
+    const FILE: &str = "proto/criu.proto";
+    println!("cargo::rerun-if-changed={FILE}");
+    let files = protox::compile([FILE], ["proto"]).map_err(|cause| format!("{FILE}: {cause}"))?;
+    prost_build::compile_fds(files).map_err(|cause| format!("{FILE}: types cannot be made: {cause}"))
 }
 
 fn run() -> Result<(), String> {

@@ -34,6 +34,7 @@ use crate::{
     },
     inject::Faults,
     probe::{ProbeOptions, Slot, Source},
+    snapshot::criu::unit,
     unit::manager::{Report, Systemd},
 };
 
@@ -126,6 +127,18 @@ async fn serve(config: Config) -> Result<()> {
         }
     };
     tokio::spawn(conversation);
+    tokio::spawn({
+        let systemd = systemd.clone();
+        async move {
+            systemd.looked().await;
+            // Of an ftd that was killed in the middle of a snapshot.
+            match unit::sweep(&systemd).await {
+                Ok(0) => {}
+                Ok(count) => tracing::warn!(count, "drop-ins of an earlier ftd were left, and are removed"),
+                Err(error) => tracing::warn!(%error, "drop-ins of an earlier ftd may be left"),
+            }
+        }
+    });
     for (slot, check) in checks.into_iter().enumerate() {
         if let Some(check) = check {
             tokio::spawn(health::watch(Arc::clone(&supervisor), Arc::clone(&bus), Slot(slot as u32), check));

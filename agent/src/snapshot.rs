@@ -2,9 +2,10 @@
 //!
 //! A snapshot is one *generation* of a workload: its files and, if asked, the images of its processes. It is
 //! there whole or not at all, and once it has proved healthy it is *good*. [`files`] takes files and puts them back.
-//! [`store`] keeps generations on disk; what is in them, it does not know: entries with a name, some bytes of
-//! metadata and a content.
+//! [`criu`] does that with running processes. [`store`] keeps generations on disk; what is in them, it does not know:
+//! entries with a name, some bytes of metadata and a content. [`generation`] is the files of a workload in the store.
 
+pub mod criu;
 pub mod files;
 pub mod generation;
 pub mod store;

@@ -255,6 +255,28 @@ impl Systemd {
         String::try_from(value).map_err(|error| JobError::Refused(error.to_string()))
     }
 
+    /// What a snapshot must know of a service, asked for now. An error if systemd does not know it.
+    pub async fn service(&self, unit: &str) -> Result<Service, JobError> {
+        let connection = self.connection()?;
+        let path: OwnedObjectPath =
+            body(&call(&connection, PATH, MANAGER, "LoadUnit", &(unit,)).await.map_err(refusal)?)?;
+        let mut service = Service { id: unit.to_owned(), ..Service::default() };
+        for interface in [UNIT, SERVICE] {
+            let reply = call(&connection, path.as_str(), PROPERTIES, "GetAll", &(interface,)).await;
+            service.take(body(&reply.map_err(refusal)?)?);
+        }
+        if service.load_state == "loaded" {
+            Ok(service)
+        } else {
+            Err(JobError::Refused(format!("{unit} is {}", service.load_state)))
+        }
+    }
+
+    /// Has systemd read all unit files anew (daemon-reload). It answers when it is done.
+    pub async fn reload_files(&self) -> Result<(), JobError> {
+        call(&self.connection()?, PATH, MANAGER, "Reload", &()).await.map(drop).map_err(refusal)
+    }
+
     /// systemd's version.
     pub async fn version(&self) -> Result<String, JobError> {
         let reply = call(&self.connection()?, PATH, PROPERTIES, "Get", &(MANAGER, "Version")).await;
@@ -282,6 +304,89 @@ impl Systemd {
             Err(_) => {
                 lock(&self.jobs).waiting.remove(&job);
                 Err(JobError::TooLate(limit))
+            }
+        }
+    }
+}
+
+/// A service, as far as dumping and restoring it are concerned.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Service {
+    /// systemd's own name for it.
+    pub id: String,
+    /// `loaded`, `not-found`, …
+    pub load_state: String,
+    /// `active`, `inactive`, …
+    pub active_state: String,
+    /// Main process id, 0 when it has none.
+    pub main_pid: u32,
+    /// Its cgroup below the cgroup2 mount.
+    pub control_group: String,
+    /// Units that start it: timers, paths, sockets.
+    pub triggered_by: Vec<String>,
+    /// `PIDFile=`.
+    pub pid_file: Option<String>,
+    /// `SyslogIdentifier=`.
+    pub syslog_identifier: Option<String>,
+    /// The program of `ExecStart=`.
+    pub program: Option<String>,
+    /// Whether it has a /tmp of its own.
+    pub private_tmp: bool,
+    /// `RuntimeDirectory=`, below /run.
+    pub runtime_directories: Vec<String>,
+    /// `RootDirectory=` or `RootImage=`.
+    pub root: Option<String>,
+    /// `DynamicUser=`.
+    pub dynamic_user: bool,
+    /// `ProcSubset=`.
+    pub proc_subset: String,
+    /// `ProtectKernelTunables=`.
+    pub protect_tunables: bool,
+    /// `ProtectControlGroups=`.
+    pub protect_control_groups: bool,
+    /// `ProtectKernelLogs=`.
+    pub protect_logs: bool,
+    /// `PrivateDevices=`.
+    pub private_devices: bool,
+}
+
+impl Service {
+    fn take(&mut self, properties: HashMap<String, OwnedVariant>) {
+        /// `ExecStart=`: program, arguments, whether to ignore failure, and seven things on its last run.
+        type Command = (String, Vec<String>, bool, u64, u64, u64, u64, u32, i32, i32);
+        let text = |value: OwnedVariant| String::try_from(value).ok().filter(|text| !text.is_empty());
+        let yes = |value: OwnedVariant| bool::try_from(value).unwrap_or(false);
+        for (name, value) in properties {
+            match name.as_str() {
+                "Id" => set(&mut self.id, value),
+                "LoadState" => set(&mut self.load_state, value),
+                "ActiveState" => set(&mut self.active_state, value),
+                "MainPID" => set(&mut self.main_pid, value),
+                "ControlGroup" => set(&mut self.control_group, value),
+                "TriggeredBy" => self.triggered_by = <Vec<String>>::try_from(value).unwrap_or_default(),
+                "PIDFile" => self.pid_file = text(value),
+                "SyslogIdentifier" => self.syslog_identifier = text(value),
+                "ExecStart" => {
+                    let commands = <Vec<Command>>::try_from(value).unwrap_or_default();
+                    self.program = commands.into_iter().next().map(|command| command.0);
+                }
+                "PrivateTmp" => self.private_tmp = yes(value),
+                "RuntimeDirectory" => {
+                    self.runtime_directories = <Vec<String>>::try_from(value).unwrap_or_default();
+                }
+                "RootDirectory" | "RootImage" => {
+                    // Each unit has both properties; an unset one says nothing, or `/`.
+                    if let Some(root) = text(value).filter(|root| root != "/") {
+                        self.root = Some(root);
+                    }
+                }
+                "DynamicUser" => self.dynamic_user = yes(value),
+                "ProcSubset" => set(&mut self.proc_subset, value),
+                "ProtectKernelTunables" => self.protect_tunables = yes(value),
+                "ProtectControlGroups" => self.protect_control_groups = yes(value),
+                "ProtectKernelLogs" => self.protect_logs = yes(value),
+                "PrivateDevices" => self.private_devices = yes(value),
+                _ => {}
             }
         }
     }
