@@ -1,7 +1,7 @@
 //! `ftctl`: how a person looks at ftd, and tells it what to do.
 //!
 //! Exit codes: 0 done; 1 refused or failed, the reason is on standard error; 2 wrong usage; 3 ftd cannot
-//! be reached; 4 `status` or `doctor` found something that is not well.
+//! be reached; 4 `status`, `doctor` or `check` found something that is not well.
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
@@ -12,6 +12,7 @@ use crate::{
     control::{EventsQuery, Hold, Recover, Release, Status, doctor, millis},
     event::Event,
     inject::{Fault, Record, Request},
+    snapshot::criu::check::Report,
 };
 
 mod client;
@@ -35,7 +36,7 @@ Examples:
   ftctl doctor                    what this host lacks
 
 Exit codes: 0 done; 1 refused or failed; 2 wrong usage; 3 ftd cannot be reached;
-4 status or doctor found something that is not well."
+4 status, doctor or check found something that is not well."
 )]
 pub struct Cli {
     /// Print JSON, for programs.
@@ -117,6 +118,17 @@ Examples:
   ftctl restore nginx --generation 3 --exact
   ftctl restore nginx --dry-run")]
     Restore(RestoreCommand),
+    /// Say what would keep a running unit's processes from being saved and restored; touches nothing.
+    #[command(after_help = "\
+Looks at the unit's processes (open files, devices, sockets, mappings, namespaces), at CRIU and at the
+kernel. Any service can be checked, under care or not.
+
+Example:
+  ftctl check nginx")]
+    Check {
+        /// The unit.
+        unit: String,
+    },
     /// Say what this host has and lacks, each with cause and mend.
     Doctor(ConfigFile),
     /// Look at the configuration.
@@ -339,6 +351,17 @@ impl Cli {
             Command::Inject(InjectArgs { what }) => inject(&client, what, json).await?,
             Command::Snapshot(args) => return snapshot::snapshot(args.what, &args.at.config, json),
             Command::Restore(args) => return snapshot::restore(&args.args, &args.at.config, json),
+            Command::Check { unit } => {
+                let report: Report =
+                    client.get(&format!("/v1/check?unit={}", client::percent(&unit))).await?;
+                if json {
+                    show::json(&report)?;
+                } else {
+                    show::report(&report)?;
+                }
+                let ready = report.ready();
+                return Ok(if ready { ExitCode::SUCCESS } else { ExitCode::from(NOT_WELL) });
+            }
             Command::Doctor(file) => return doctor(&client, &file, json).await,
             Command::Config(ConfigCommand::Check { file }) => {
                 let config = match Config::load(&file) {

@@ -126,6 +126,14 @@ pub struct Refusal {
     pub mend: String,
 }
 
+/// `GET /v1/check`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CheckQuery {
+    /// The unit; it need not be under care.
+    pub unit: String,
+}
+
 /// `GET /v1/events`
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

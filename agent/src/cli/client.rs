@@ -174,7 +174,7 @@ impl Client {
 }
 
 /// Everything but letters, digits and `-_.@:` as %XX: enough for names of units.
-fn percent(text: &str) -> String {
+pub(super) fn percent(text: &str) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.@:".contains(&byte);
     let each = text.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") });
     each.collect()

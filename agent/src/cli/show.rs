@@ -15,6 +15,7 @@ use crate::{
     event::{Decision, Event, Healer, Kind, Process},
     heal::{machine::Phase, supervisor::UnitStatus},
     inject::Record,
+    snapshot::criu::check::{Report, Severity},
 };
 
 #[derive(Clone, Copy)]
@@ -227,6 +228,38 @@ pub(super) fn findings(findings: &Vec<Finding>) -> Result<(), Failure> {
             line(&format!("      mend: {}", finding.mend));
         }
     }
+    Ok(())
+}
+
+pub(super) fn report(report: &Report) -> Result<(), Failure> {
+    let report = all_plain(report)?;
+    let processes = match report.processes {
+        1 => "1 process".to_owned(),
+        many => format!("{many} processes"),
+    };
+    let criu = report.criu.map_or_else(|| "no CRIU".into(), |criu| format!("CRIU {}", criu.version));
+    line(&format!("{}: main process {}, {processes}, {criu}", report.unit, report.main_pid));
+    if !report.findings.is_empty() {
+        let mut rows = table(&["", "WHAT", "WHY, AND WHAT TO DO"]);
+        for finding in &report.findings {
+            let severity = match finding.severity {
+                Severity::Blocker => paint("BLOCKER", Colour::Red),
+                Severity::Warning => paint("warning", Colour::Yellow),
+                Severity::Note => paint("note", Colour::Grey),
+            };
+            let mend =
+                if finding.mend.is_empty() { String::new() } else { format!("\nmend: {}", finding.mend) };
+            rows.add_row([&severity, &finding.thing, &format!("{}{mend}", finding.cause)]);
+        }
+        line("");
+        line(&rows.trim_fmt());
+        line("");
+    }
+    line(&if report.ready() {
+        paint("ready: nothing that can be seen is in the way", Colour::Green)
+    } else {
+        paint("not ready: its files can be saved, its processes cannot", Colour::Red)
+    });
     Ok(())
 }
 

@@ -8,6 +8,10 @@ use super::{App, ProbeStatus};
 use crate::{
     config::Config,
     probe::{FILTER_FULL, RING_FULL, UNREADABLE},
+    snapshot::criu::{
+        check::{self, Severity},
+        facts::{self, CriuFacts},
+    },
     unit::cgroup,
 };
 
@@ -107,11 +111,31 @@ pub fn of_host(config: &Config) -> Vec<Finding> {
             "systemd-sysusers, or set api.group",
         ),
     });
+    all.extend(of_criu(&CriuFacts::read(), facts::kernel(), facts::capabilities()));
     if config.workloads.is_empty() {
         let mend = "add a [[workload]] to the configuration; see ftd.toml(5)";
         all.push(finding("workloads", Grade::Warn, "nothing is under care", mend));
     }
     all
+}
+
+/// What snapshots of processes need. Without it those of files still work: nothing here is a failure.
+fn of_criu(criu: &CriuFacts, kernel: (u32, u32), capabilities: u64) -> Vec<Finding> {
+    const THING: &str = "CRIU";
+    let findings = check::of_criu_alone(criu, kernel, capabilities);
+    let lacks = findings.into_iter().filter(|found| found.severity > Severity::Note);
+    let lacks: Vec<_> = lacks.map(|found| finding(THING, Grade::Warn, found.cause, &found.mend)).collect();
+    match criu {
+        CriuFacts::Found(abilities) if lacks.is_empty() => {
+            let can = |able, what| if able { what } else { "" };
+            let more = [
+                can(abilities.mem_track, ", copies memory in rounds"),
+                can(abilities.lazy_pages, ", brings pages later"),
+            ];
+            vec![ok(THING, format!("{}{}", abilities.version, more.concat()))]
+        }
+        _ => lacks,
+    }
 }
 
 /// What the probe says of itself. `realtime` is the priority that it was to have, 0 for none.
@@ -158,7 +182,12 @@ fn of_probe(probe: &ProbeStatus, realtime: u8) -> Vec<Finding> {
 
 /// Everything, seen by a running ftd.
 pub async fn of_daemon(app: &App) -> Vec<Finding> {
-    let mut all = of_host(&app.config);
+    let config = app.config.clone();
+    // CRIU is asked, and may take its time.
+    let of_host = tokio::task::spawn_blocking(move || of_host(&config)).await;
+    let mut all = of_host.unwrap_or_else(|error| {
+        vec![finding("this host", Grade::Fail, error.to_string(), "see: journalctl -u ftd")]
+    });
     all.push(match app.systemd.version().await {
         Ok(version) => ok("systemd", version),
         Err(error) => finding("systemd", Grade::Fail, error.to_string(), "is it PID 1 of this host?"),
@@ -219,6 +248,20 @@ mod tests {
         assert_eq!(reader(&probe("ebpf", "off: probe.realtime = 0", &[]), 0), Some(Grade::Ok));
         let without = of_probe(&probe("pidfd", "none: pidfds only", &[]), 10);
         assert_eq!(grades(&without), [("kernel probes", Grade::Warn)]);
+    }
+
+    #[test]
+    fn a_host_without_criu_is_warned_and_not_failed() {
+        use crate::snapshot::criu::{Abilities, Version};
+        let missing = of_criu(&CriuFacts::Missing, (6, 12), u64::MAX);
+        assert_eq!(grades(&missing), [("CRIU", Grade::Warn)]);
+        let version = Version::new(4, 1);
+        let found = Abilities { version, mem_track: true, lazy_pages: false, pidfd_store: true };
+        let well = of_criu(&CriuFacts::Found(found), (6, 12), u64::MAX);
+        assert_eq!(grades(&well), [("CRIU", Grade::Ok)]);
+        assert_eq!(well[0].found, "4.1, copies memory in rounds");
+        let old = of_criu(&CriuFacts::Found(found), (6, 18), u64::MAX);
+        assert!(old[0].grade == Grade::Warn && old[0].found.contains("6.18"), "{old:?}");
     }
 
     #[test]

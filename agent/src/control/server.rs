@@ -12,7 +12,10 @@ use std::{
 use axum::{
     Json, Router,
     body::{Body, Bytes},
-    extract::{Query, State, rejection::JsonRejection},
+    extract::{
+        Query, State,
+        rejection::{JsonRejection, QueryRejection},
+    },
     http::{StatusCode, header::CONTENT_TYPE},
     response::{IntoResponse, Response},
     routing::{get, post},
@@ -35,13 +38,14 @@ use tokio::{
     },
 };
 
-use super::{App, EventsQuery, Hold, Recover, Refusal, Release, doctor};
+use super::{App, CheckQuery, EventsQuery, Hold, Recover, Refusal, Release, doctor};
 use crate::{
     config::{self, Api, Config},
     event::{Event, Kind, bus::Bus, journal},
     heal::{machine::Input, supervisor::boot_now},
     inject::{InjectError, Request},
     probe::BootNs,
+    snapshot::criu::{check::Report, unit},
 };
 
 /// Serves the whole API on `listener` for ever.
@@ -178,6 +182,7 @@ fn reading() -> Router<Arc<App>> {
 fn whole() -> Router<Arc<App>> {
     reading()
         .route("/v1/doctor", get(run_doctor))
+        .route("/v1/check", get(check))
         .route("/v1/config", get(show_config))
         .route("/v1/hold", post(hold))
         .route("/v1/release", post(release))
@@ -218,6 +223,19 @@ async fn show_config(State(app): State<Arc<App>>) -> Json<Config> {
 
 async fn run_doctor(State(app): State<Arc<App>>) -> Response {
     Json(doctor::of_daemon(&app).await).into_response()
+}
+
+/// Any unit, not only those under care: a person may want to know before he puts it there.
+async fn check(
+    State(app): State<Arc<App>>,
+    query: Result<Query<CheckQuery>, QueryRejection>,
+) -> Result<Json<Report>, Refusal> {
+    let Query(CheckQuery { unit }) =
+        query.map_err(|error| refuse(error.body_text(), "ftctl and ftd are of different versions?"))?;
+    let name = app.supervisor.find(&unit).map_or_else(|_| config::unit_name(&unit), |(_, id)| id);
+    unit::check(&app.systemd, &name).await.map(Json).map_err(|error| {
+        refuse(error, "name a service that systemd knows: systemctl list-units --type=service")
+    })
 }
 
 type Body_<T> = Result<Json<T>, JsonRejection>;
