@@ -3,7 +3,12 @@
 use std::{io, os::fd::AsFd as _, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use ftd::{config, daemon, inject::balloon, probe::selftest};
+use ftd::{
+    config, daemon,
+    inject::balloon,
+    probe::selftest,
+    snapshot::criu::{hand, worker},
+};
 use nix::sys::stat::fstat;
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::{
@@ -42,6 +47,28 @@ enum Command {
     /// The helper of the fault `oom`.
     #[command(hide = true)]
     Balloon,
+    /// Dump a service's processes into a directory, without a running ftd.
+    #[command(hide = true)]
+    DumpUnit {
+        /// The unit.
+        unit: String,
+        /// The directory; made if it is not there.
+        dir: PathBuf,
+        /// Stop the unit by it.
+        #[arg(long)]
+        stop: bool,
+    },
+    /// Restore a service's processes from such a directory.
+    #[command(hide = true)]
+    RestoreUnit {
+        /// The unit.
+        unit: String,
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// What ftd-criu@.service runs: becomes CRIU for the client on descriptor 3.
+    #[command(hide = true)]
+    CriuWorker,
 }
 
 fn main() -> ExitCode {
@@ -49,6 +76,11 @@ fn main() -> ExitCode {
     let done = match arguments.command {
         Some(Command::Balloon) => balloon::main().map_err(Into::into),
         Some(Command::ProbeTest) => probe_test(),
+        Some(Command::DumpUnit { unit, dir, stop }) => {
+            by_hand(&arguments.log, || hand::dump(&unit, &dir, stop))
+        }
+        Some(Command::RestoreUnit { unit, dir }) => by_hand(&arguments.log, || hand::restore(&unit, &dir)),
+        Some(Command::CriuWorker) => worker::become_criu().map(|never| match never {}).map_err(Into::into),
         None => {
             let config = match config::Config::load(&arguments.config) {
                 Ok(config) => config,
@@ -68,6 +100,11 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn by_hand(log: &str, work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    log_to_stderr(log);
+    work()
 }
 
 fn probe_test() -> anyhow::Result<()> {
