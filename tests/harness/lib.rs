@@ -25,7 +25,7 @@
 //!
 //! The parts, each using only parts below it:
 //! ```text
-//! lab  host  events  own  doctor    what a test or a person handles
+//! lab  host  events  own  criu  doctor    what a test or a person handles
 //! base  container  enter            file systems of hosts / a host's way up / a command's way in
 //! cgroup  mounts  process           the kernel's files
 //! step  cache  command              preparing things once, and saying what went wrong
@@ -36,6 +36,7 @@ pub mod cache;
 pub mod cgroup;
 pub mod command;
 pub mod container;
+pub mod criu;
 pub mod doctor;
 pub mod enter;
 pub mod events;

@@ -12,6 +12,19 @@ use super::apt;
 /// Raise it when what is done to the root file system changes in ways that the key below does not show.
 const VERSION: u32 = 1;
 const SUITE: &str = "trixie";
+/// The release that CRIU is taken from: trixie's (4.1) cannot dump internet sockets on kernels from 6.16 on.
+const CRIU_SUITE: &str = "forky";
+/// Takes CRIU, and of the libraries that it needs those that trixie has too old, from that release. Nothing else
+/// comes from there, and no source is left: hosts have no internet. `$1` is the root, `MIRROR` is put in. That
+/// release's lists are good for a week only, and a mirror that is not renewed would be of no use: their age does
+/// not matter here, their signature does.
+const CRIU: &str = "echo 'deb MIRROR SUITE main' > \"$1/etc/apt/sources.list.d/criu.list\" && \
+    printf 'Package: *\\nPin: release n=SUITE\\nPin-Priority: 90\\n' > \"$1/etc/apt/preferences.d/criu\" && \
+    chroot \"$1\" apt-get -o Acquire::Check-Valid-Until=false update && \
+    chroot \"$1\" apt-get install --yes --no-install-recommends --no-remove criu/SUITE && \
+    chroot \"$1\" criu --version && \
+    rm \"$1/etc/apt/sources.list.d/criu.list\" \"$1/etc/apt/preferences.d/criu\" && \
+    chroot \"$1\" apt-get clean && rm -rf \"$1\"/var/lib/apt/lists/*";
 /// What is on every host. The dependencies of ftd's package must be here: hosts have no internet.
 const PACKAGES: &[&str] = &[
     "systemd",
@@ -58,7 +71,11 @@ impl Step for RootFs {
     }
 
     fn key(&self, _: &Cache) -> Result<String> {
-        Ok(format!("{VERSION} {SUITE} {} masked {} {APACHE_PORT}", PACKAGES.join(","), MASKED.join(",")))
+        Ok(format!(
+            "{VERSION} {SUITE} {} masked {} {APACHE_PORT} {CRIU_SUITE} {CRIU}",
+            PACKAGES.join(","),
+            MASKED.join(",")
+        ))
     }
 
     fn make(&self, site: &Site<'_>) -> Result<()> {
@@ -80,12 +97,17 @@ impl Step for RootFs {
             "for unit in {}; do ln -sfn /dev/null \"$1/etc/systemd/system/$unit\"; done",
             MASKED.join(" ")
         );
-        for hook in
-            [APACHE_PORT, &mask, "rm -f \"$1/etc/machine-id\" \"$1/etc/resolv.conf\" \"$1/etc/hostname\""]
-        {
+        let mirror = apt::mirror()?;
+        let criu = CRIU.replace("MIRROR", &mirror).replace("SUITE", CRIU_SUITE);
+        for hook in [
+            &criu,
+            APACHE_PORT,
+            &mask,
+            "rm -f \"$1/etc/machine-id\" \"$1/etc/resolv.conf\" \"$1/etc/hostname\"",
+        ] {
             make.arg(format!("--customize-hook={hook}"));
         }
-        make.arg(SUITE).arg(&root).arg(apt::mirror()?);
+        make.arg(SUITE).arg(&root).arg(mirror);
         // A personal TMPDIR may not be one that packages' scripts may write to.
         make.env("TMPDIR", "/tmp");
         site.log.run(&mut make)?;
