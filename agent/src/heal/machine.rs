@@ -572,7 +572,10 @@ impl Machine {
                 self.enter(Phase::Up, now, None);
             } else if !outage.by_health {
                 self.healed(now, out);
-            } else if self.view.active_enter != outage.run && self.phase != Phase::Up {
+            } else if self.phase == Phase::Unknown
+                || self.view.active_enter != outage.run && self.phase != Phase::Up
+            {
+                // A new run, or one of which it is not known what has become meanwhile: it is asked.
                 self.health_failures = 0;
                 self.enter(Phase::Up, now, None);
             }

@@ -546,6 +546,27 @@ fn a_hung_service_is_restarted_and_healed_when_it_answers() {
 }
 
 #[test]
+fn a_hung_service_is_asked_again_after_systemd_was_out_of_reach() {
+    for well in [true, false] {
+        let mut rig = Rig::new();
+        rig.step(Input::Health(Ok(())));
+        for _ in 0..3 {
+            rig.step(Input::Health(Err("no answer".into())));
+        }
+        rig.step(Input::BusLost);
+        assert_eq!(rig.say(|_| {}), []);
+        assert_eq!(rig.machine.phase(), Phase::Up, "only then is it asked");
+        if well {
+            assert_eq!(healer(&rig.step(Input::Health(Ok(())))), Some(Healer::Ftd));
+        } else {
+            rig.now += 10 * S;
+            let outputs: Vec<_> = (0..3).flat_map(|_| rig.step(Input::Health(Err("no".into())))).collect();
+            assert_eq!(decision(&outputs), Some(Decision::Restart), "{outputs:?}");
+        }
+    }
+}
+
+#[test]
 fn a_check_that_never_succeeded_is_told_and_heals_nothing() {
     let mut rig = Rig::new();
     let outputs: Vec<_> = (0..10).flat_map(|_| rig.step(Input::Health(Err("refused".into())))).collect();
