@@ -117,10 +117,13 @@ fn figure(text: &str, words: &str) -> String {
     number
 }
 
-fn eventually(what: &str, check: impl Fn() -> bool) {
+fn eventually(host: &Host, what: &str, check: impl Fn() -> bool) {
     let end = Instant::now() + scaled(Duration::from_mins(1));
     while !check() {
-        assert!(Instant::now() < end, "{what} did not come true");
+        if Instant::now() > end {
+            let events = host.run(["ftctl", "events", "--last", "60"]).map(|out| out.stdout + &out.stderr);
+            panic!("{what} did not come true; ftd says:\n{}", events.unwrap_or_default());
+        }
         std::thread::sleep(Duration::from_millis(50));
     }
 }
@@ -133,13 +136,15 @@ fn heals(host: &Host, fault: &[&str]) {
     };
     let before = healed();
     host.ok(["ftctl", "inject"].iter().chain(fault)).unwrap();
-    eventually(&format!("{fault:?} is healed"), || healed() > before);
+    eventually(host, &format!("{fault:?} is healed"), || healed() > before);
     undone(host, &format!("{fault:?}"));
     services(host);
 }
 
 fn undone(host: &Host, what: &str) {
-    eventually(&format!("{what} is undone"), || host.sh("ftctl --json inject list").unwrap().trim() == "[]");
+    eventually(host, &format!("{what} is undone"), || {
+        host.sh("ftctl --json inject list").unwrap().trim() == "[]"
+    });
 }
 
 #[test]
@@ -168,26 +173,31 @@ fn services_do_not_notice_the_package() {
     // And it would say something bad at that level: a group that is not there, a configuration that is wrong.
     host.write("/etc/ftd/ftd.toml", "[api]\ngroup = \"nobodys\"\n").unwrap();
     host.sh("systemctl restart ftd").unwrap();
-    eventually("a warning is in the journal as one", || warnings(&host).contains("nobodys"));
+    eventually(&host, "a warning is in the journal as one", || warnings(&host).contains("nobodys"));
     host.write("/etc/ftd/ftd.toml", "[heal]\nrestart = 3\n").unwrap();
     assert!(!host.run(["systemctl", "restart", "ftd"]).unwrap().success());
-    eventually("an error is in the journal as one", || warnings(&host).contains("did you mean \"restarts\""));
+    eventually(&host, "an error is in the journal as one", || {
+        warnings(&host).contains("did you mean \"restarts\"")
+    });
 
     // In its sandbox it heals, and breaks.
     host.write("/etc/ftd/ftd.toml", CONFIG).unwrap();
     host.sh("systemctl restart ftd").unwrap();
     assert_eq!(services(&host), pids);
-    eventually("both are under care", || host.run(["ftctl", "status"]).unwrap().success());
+    eventually(&host, "both are under care", || host.run(["ftctl", "status"]).unwrap().success());
     heals(&host, &["kill", "nginx"]);
     // A stop is respected, and over when its time is, or when somebody starts the unit before.
     let up = || host.sh("ftctl --json status").unwrap().matches(r#""up""#).count() == 2;
     host.ok(["ftctl", "inject", "stop", "nginx", "--for", "300ms"]).unwrap();
     undone(&host, "a stop with an end");
-    eventually("nginx is up again by itself", up);
+    eventually(&host, "nginx is up again by itself", up);
     host.ok(["ftctl", "inject", "stop", "nginx", "--for", "1h"]).unwrap();
     host.sh("systemctl start nginx").unwrap();
     undone(&host, "a stop that somebody ends");
-    eventually("nginx is up again by hand", up);
+    eventually(&host, "nginx is up again by hand", up);
+    // A check that has never succeeded restarts nothing.
+    let proven = || host.sh("ftctl --json status").unwrap().matches(r#""proven": true"#).count();
+    eventually(&host, "nginx's check has succeeded", || proven() > 0);
     heals(&host, &["hang", "nginx", "--for", "1min"]);
     heals(&host, &["oom", "nginx"]);
     heals(&host, &["oom", "apache2"]);
@@ -255,7 +265,7 @@ fn services_do_not_notice_the_package() {
     assert_eq!(host.sh("find /run -maxdepth 1 -name 'ftd-*'").unwrap(), "", "no note of dpkg's work is left");
 
     // Removed in the middle of a fault: what was injected is undone, the state is kept.
-    eventually("both are up again", || host.run(["ftctl", "status"]).unwrap().success());
+    eventually(&host, "both are up again", || host.run(["ftctl", "status"]).unwrap().success());
     host.sh("ftctl inject hang httpd --for 1h").unwrap();
     host.ok(["dpkg", "--remove", "ftd"]).unwrap();
     assert_eq!(services(&host), pids);
