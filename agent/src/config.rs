@@ -281,13 +281,47 @@ impl Default for Inject {
 pub struct Snapshot {
     /// What all snapshots together may take on disk.
     pub quota: ByteSize,
-    /// How many generations of each workload `ftctl snapshot gc` keeps; besides these, the last good one.
+    /// How many generations of each workload are kept; besides these, the last good one.
     pub keep: usize,
+    /// Changed files are looked at when nothing has changed for this long,
+    #[serde(with = "humantime_serde")]
+    pub settle: Duration,
+    /// but at the latest so long after the first change.
+    #[serde(with = "humantime_serde")]
+    pub settle_at_most: Duration,
+    /// Files are good once the service has served with them for this long.
+    #[serde(with = "humantime_serde")]
+    pub good_after: Duration,
+    /// At most so often are files put back `within`; then somebody insists, and a person is asked.
+    pub put_backs: u32,
+    /// See `put_backs`.
+    #[serde(with = "humantime_serde")]
+    pub within: Duration,
+    /// Time between attempts at what did not work.
+    #[serde(with = "humantime_serde")]
+    pub retry: Duration,
+    /// How long a checker may take.
+    #[serde(with = "humantime_serde")]
+    pub check_deadline: Duration,
+    /// How long a service may take to take its files over.
+    #[serde(with = "humantime_serde")]
+    pub apply_deadline: Duration,
 }
 
 impl Default for Snapshot {
     fn default() -> Self {
-        Self { quota: ByteSize::gib(4), keep: 10 }
+        Self {
+            quota: ByteSize::gib(4),
+            keep: 10,
+            settle: Duration::from_millis(500),
+            settle_at_most: Duration::from_secs(5),
+            good_after: Duration::from_secs(30),
+            put_backs: 3,
+            within: Duration::from_mins(10),
+            retry: Duration::from_secs(5),
+            check_deadline: Duration::from_secs(30),
+            apply_deadline: Duration::from_secs(90),
+        }
     }
 }
 
@@ -327,6 +361,13 @@ pub struct Workload {
     /// Files that belong to it: absolute paths of files and directories, and patterns.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub files: Vec<Spanned<String>>,
+    /// What happens when they change.
+    #[serde(default)]
+    pub on_change: OnChange,
+    /// The command that says whether they are valid, before the service takes them over; that of the first unit
+    /// when absent, for services that ftd knows (nginx, apache2).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check: Option<Spanned<String>>,
     /// `[workload.heal]`: this workload's own figures; what is left out is as in `[heal]`.
     #[serde(default)]
     pub heal: HealOverride,
@@ -346,6 +387,17 @@ fn health_failures() -> u32 {
 }
 fn health_grace() -> Duration {
     Duration::from_secs(5)
+}
+
+/// `on_change`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnChange {
+    /// Valid changes are taken over and become good; all else is put back.
+    #[default]
+    Heal,
+    /// Nothing: files are only kept by `ftctl snapshot`.
+    Ignore,
 }
 
 /// `on_stop`, `on_exit`
@@ -574,6 +626,32 @@ impl Config {
                 "use at least 1; its default is 10".into(),
             );
         }
+        let snapshot = &self.snapshot;
+        if snapshot.settle.is_zero() || snapshot.settle > snapshot.settle_at_most {
+            let time = humantime::format_duration;
+            say(
+                key(&["snapshot", "settle"]),
+                format!(
+                    "0 < snapshot.settle <= snapshot.settle_at_most does not hold: {}, {}",
+                    time(snapshot.settle),
+                    time(snapshot.settle_at_most)
+                ),
+                "their defaults are 500ms and 5s".into(),
+            );
+        }
+        for (name, value) in [
+            ("retry", snapshot.retry),
+            ("check_deadline", snapshot.check_deadline),
+            ("apply_deadline", snapshot.apply_deadline),
+        ] {
+            if value.is_zero() {
+                say(
+                    key(&["snapshot", name]),
+                    format!("snapshot.{name} is 0"),
+                    "give it a time above 0, or leave it out for its default".into(),
+                );
+            }
+        }
         let inject = &self.inject;
         if inject.default_for < Duration::from_millis(100) || inject.default_for > inject.longest {
             let time = humantime::format_duration;
@@ -681,6 +759,15 @@ impl Config {
                     Some(at),
                     format!("workload \"{name}\" is defined twice (first in line {line})"),
                     "rename one, or put their units together".into(),
+                );
+            }
+            if let Some(check) = &workload.check
+                && check.as_ref().split_whitespace().next().is_none()
+            {
+                say(
+                    Some(check.span().start),
+                    format!("workload \"{name}\" has an empty check"),
+                    "give a command like \"nginx -t\", or leave it out".into(),
                 );
             }
             for file in &workload.files {

@@ -24,17 +24,17 @@ use tokio::{
 };
 
 use crate::{
-    config::Config,
+    config::{self, Config},
     control::{App, server},
     event::{Kind, bus::Bus, journal::Writer},
     heal::{
-        driver, health,
+        driver, files, health,
         saved::{self, Store},
         supervisor::Supervisor,
     },
     inject::Faults,
     probe::{ProbeOptions, Slot, Source},
-    snapshot::criu::unit,
+    snapshot::{self, criu::unit, files::Selection, store::Settings},
     unit::manager::{Report, Systemd},
 };
 
@@ -139,6 +139,7 @@ async fn serve(config: Config) -> Result<()> {
             }
         }
     });
+    tokio::spawn(watch_files(config.clone(), Arc::clone(&supervisor), systemd.clone(), Arc::clone(&bus)));
     for (slot, check) in checks.into_iter().enumerate() {
         if let Some(check) = check {
             tokio::spawn(health::watch(Arc::clone(&supervisor), Arc::clone(&bus), Slot(slot as u32), check));
@@ -235,6 +236,56 @@ async fn finish(bus: &Bus, writer: JoinHandle<()>, written: &AtomicU64, limit: D
     let events = bus.next_seq().saturating_sub(written.load(Ordering::Relaxed));
     if late || events > 0 {
         tracing::error!(events, late, "the journal has not taken the last events: they are lost");
+    }
+}
+
+/// Begins the watch over the files of all workloads that have any, when it is known how systemd calls the units.
+async fn watch_files(config: Config, supervisor: Arc<Supervisor>, systemd: Systemd, bus: Arc<Bus>) {
+    let guarded = |workload: &&config::Workload| {
+        !workload.files.is_empty() && workload.on_change == config::OnChange::Heal
+    };
+    let workloads: Vec<_> = config.workloads.iter().filter(guarded).collect();
+    if workloads.is_empty() {
+        return;
+    }
+    systemd.looked().await;
+    let trouble = |what: &str, error: String| {
+        bus.emit(None, None, Kind::FilesTrouble { what: what.into(), error });
+    };
+    let settings = Settings { quota: Some(config.snapshot.quota.as_u64()), ..Settings::default() };
+    let dir = config.node.state_dir.join("snapshots");
+    let store = match tokio::task::spawn_blocking(move || snapshot::store::Store::open(&dir, settings)).await
+    {
+        Ok(Ok(store)) => store,
+        Ok(Err(error)) => return trouble("opening the snapshots", error.to_string()),
+        Err(error) => return trouble("opening the snapshots", error.to_string()),
+    };
+    let status = supervisor.status();
+    for workload in workloads {
+        let name = workload.name.as_ref();
+        let files = workload.files.iter().map(|file| file.as_ref().as_str());
+        let selection = match Selection::parse(files) {
+            Ok(selection) => selection,
+            Err(error) => {
+                trouble(&format!("watching the files of {name}"), error.to_string());
+                continue;
+            }
+        };
+        let ours: Vec<_> = status.iter().filter(|unit| unit.workload == *name).collect();
+        let units: Vec<_> = ours.iter().map(|unit| unit.unit.clone()).collect();
+        let held = ours.iter().filter(|unit| unit.held.is_some()).map(|unit| unit.unit.clone()).collect();
+        let words = |text: &str| text.split_whitespace().map(str::to_owned).collect();
+        let check = workload.check.as_ref().map(|check| words(check.as_ref()));
+        let watch = files::Watch {
+            workload: name.clone(),
+            check: check.or_else(|| files::own_checker(units.first()?)),
+            units,
+            selection,
+            settings: config.snapshot.clone(),
+            node: config.node_name(),
+        };
+        let hands = files::Hands { bus: Arc::clone(&bus), systemd: systemd.clone(), store: store.clone() };
+        tokio::spawn(files::run(watch, hands, held));
     }
 }
 

@@ -4,6 +4,7 @@
 //! people say, and turns its outputs into events and actions; [`driver`] carries the actions out.
 
 pub mod driver;
+pub mod files;
 pub mod guard;
 pub mod health;
 pub mod machine;

@@ -5,7 +5,9 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that panics names its line")]
 
-use harness::{BootOptions, Host, Lab};
+use std::time::{Duration, Instant};
+
+use harness::{BootOptions, Events, Host, Lab};
 use serde_json::Value;
 
 const CONFIG: &str = "[[workload]]\nname = \"web\"\nunits = [\"nginx\"]\n\
@@ -24,11 +26,34 @@ const RUIN: [&str; 8] = [
 ];
 
 fn boot() -> (Lab, Host) {
+    boot_with(&format!("{CONFIG}on_change = \"ignore\"\n"))
+}
+
+fn boot_with(config: &str) -> (Lab, Host) {
     let lab = Lab::new().unwrap();
-    let host = lab.boot("vm1", BootOptions::with_config(CONFIG)).unwrap();
+    let host = lab.boot("vm1", BootOptions::with_config(config)).unwrap();
     host.wait_running().unwrap();
     (lab, host)
 }
+
+/// A host on which ftd watches over the files, and has found them good.
+fn guarded() -> (Lab, Host, Events, String) {
+    let quick = "[snapshot]\nsettle = \"100ms\"\ngood_after = \"500ms\"\nput_backs = 100\n";
+    let (lab, host) = boot_with(&format!("{quick}{CONFIG}"));
+    let mut events = Events::follow(&host).unwrap();
+    let list = || json(&host, &["snapshot", "list"]);
+    let end = Instant::now() + harness::scaled(LIMIT);
+    while !list().as_array().unwrap().iter().any(|one| one["good"] == true) {
+        assert!(Instant::now() < end, "the files are not found good: {:#?}", events.seen());
+        // It may have been said before anybody could follow.
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let before = tree(&host);
+    (lab, host, events, before)
+}
+
+const NGINX: &str = "nginx.service";
+const LIMIT: Duration = Duration::from_secs(20);
 
 /// What there is, with all that a snapshot promises to keep.
 fn tree(host: &Host) -> String {
@@ -131,4 +156,69 @@ fn what_cannot_be_done_is_said_before_anything_is_touched() {
     host.sh("umount /etc/nginx").unwrap();
     host.ok(["ftctl", "restore", "web"]).unwrap();
     assert_eq!(tree(&host), before);
+}
+
+#[test]
+fn what_is_damaged_or_invalid_is_put_back_and_the_service_never_sees_it() {
+    let (_lab, host, mut events, before) = guarded();
+    let pid = host.ok(["systemctl", "show", "-P", "MainPID", "nginx"]).unwrap();
+    for ruin in RUIN {
+        host.sh(ruin).unwrap();
+        events.wait_for("files_put_back", NGINX).unwrap();
+        assert_eq!(tree(&host), before, "{ruin}");
+    }
+    // The checker's own words, and what differs.
+    host.sh("sed -i '1i nonsense;' /etc/nginx/nginx.conf").unwrap();
+    let changed = events.wait_for("files_changed", NGINX).unwrap();
+    assert!(changed["changes"][0]["what"].as_str().unwrap().contains("+nonsense;"), "{changed}");
+    let bad = events.wait_for("files_bad", NGINX).unwrap();
+    assert!(bad["why"].as_str().unwrap().contains("unknown directive \"nonsense\""), "{bad}");
+    assert_eq!(events.wait_for("files_put_back", NGINX).unwrap()["op"], bad["op"]);
+    // A new file that is not valid goes, and can be had again: it may be somebody's work.
+    host.sh("echo nonsense > /etc/nginx/conf.d/mine.conf").unwrap();
+    events.wait_for("files_put_back", NGINX).unwrap();
+    assert_eq!(tree(&host), before);
+    let newest = json(&host, &["snapshot", "list"]).as_array().unwrap().last().unwrap()["generation"].clone();
+    let newest = newest.to_string();
+    let kept = json(&host, &["restore", "web", "--generation", &newest, "--dry-run"]);
+    assert!(kept.to_string().contains("mine.conf"), "{kept}");
+    assert_eq!(host.ok(["systemctl", "show", "-P", "MainPID", "nginx"]).unwrap(), pid);
+    assert!(host.run(["curl", "-sf", "-o", "/dev/null", "http://127.0.0.1/"]).unwrap().success());
+}
+
+#[test]
+fn a_valid_edit_is_taken_over_becomes_good_and_is_what_comes_back() {
+    let (_lab, host, mut events, before) = guarded();
+    host.sh("printf 'server { listen 8123; return 204; }\n' > /etc/nginx/conf.d/new.conf").unwrap();
+    events.wait_for("files_good", NGINX).unwrap();
+    assert!(host.run(["curl", "-sf", "-o", "/dev/null", "http://127.0.0.1:8123/"]).unwrap().success());
+    let edited = tree(&host);
+    assert_ne!(edited, before);
+    host.sh("rm /etc/nginx/conf.d/new.conf; : > /etc/nginx/nginx.conf").unwrap();
+    events.wait_for("files_put_back", NGINX).unwrap();
+    assert_eq!(tree(&host), edited);
+}
+
+#[test]
+fn nobody_is_fought_while_a_unit_is_held_or_ftd_is_away() {
+    let (_lab, host, mut events, before) = guarded();
+    host.ok(["ftctl", "hold", "nginx"]).unwrap();
+    events.wait_for("held", NGINX).unwrap();
+    host.sh(": > /etc/nginx/nginx.conf; rm /etc/nginx/mime.types").unwrap();
+    let ruined = tree(&host);
+    // Nothing tells that nothing will happen: ten times the settling time.
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(tree(&host), ruined);
+    host.ok(["ftctl", "release", "nginx"]).unwrap();
+    events.wait_for("files_put_back", NGINX).unwrap();
+    assert_eq!(tree(&host), before);
+
+    host.ok(["systemctl", "stop", "ftd"]).unwrap();
+    host.sh("rm -r /etc/nginx/sites-available").unwrap();
+    host.ok(["systemctl", "start", "ftd"]).unwrap();
+    let end = Instant::now() + harness::scaled(LIMIT);
+    while tree(&host) != before {
+        assert!(Instant::now() < end, "what was damaged while ftd was away is not put back");
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }

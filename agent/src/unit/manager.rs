@@ -21,7 +21,7 @@ use tokio::{
     time::timeout,
 };
 use zbus::{
-    Connection, Message, MessageStream, OwnedObjectPath, OwnedVariant,
+    Connection, Message, MessageStream, OwnedObjectPath, OwnedVariant, Variant,
     message::{Flags, Type},
 };
 
@@ -245,6 +245,42 @@ impl Systemd {
         job.await
     }
 
+    /// Has a running unit take its configuration over: reloads it, or restarts it where it cannot be reloaded; one that
+    /// does not run is left alone. Answers the job's result.
+    pub async fn reload_or_restart(&self, unit: &str, limit: Duration) -> Result<String, JobError> {
+        self.job(&self.connection()?, "ReloadOrTryRestartUnit", unit, "fail", limit).await
+    }
+
+    /// Runs a command once as a unit of its own, outside of ftd's sandbox, with all that it says going into the
+    /// file `says`, which need not be there; answers whether it ended without an error.
+    pub async fn run_once(
+        &self,
+        unit: &str,
+        words: &[String],
+        says: &str,
+        limit: Duration,
+    ) -> Result<bool, JobError> {
+        let program = words.first().ok_or_else(|| JobError::Refused("there is no command".into()))?;
+        let exec = vec![(program.clone(), words.to_vec(), false)];
+        let microseconds = u64::try_from(limit.as_micros()).unwrap_or(u64::MAX);
+        let properties = vec![
+            ("Description", Variant::from("A check of files, for ftd")),
+            ("Type", Variant::from("oneshot")),
+            ("CollectMode", Variant::from("inactive-or-failed")),
+            ("TimeoutStartUSec", Variant::from(microseconds)),
+            ("StandardOutputFile", Variant::from(says)),
+            ("StandardErrorFile", Variant::from(says)),
+            ("ExecStart", Variant::from(exec)),
+        ];
+        let auxiliary = Vec::<(String, Vec<(String, Variant<'_>)>)>::new();
+        let connection = self.connection()?;
+        let arguments = (unit, "fail", properties, auxiliary);
+        let reply = call(&connection, PATH, MANAGER, "StartTransientUnit", &arguments).await;
+        // systemd ends it at the limit, and says so a little later.
+        let result = self.ended(body(&reply.map_err(refusal)?)?, limit + CALL_LIMIT).await?;
+        Ok(result == "done")
+    }
+
     /// `ActiveState` of a unit, asked for now.
     pub async fn state(&self, unit: &str) -> Result<String, JobError> {
         let connection = self.connection()?;
@@ -293,7 +329,11 @@ impl Systemd {
         limit: Duration,
     ) -> Result<String, JobError> {
         let reply = call(connection, PATH, MANAGER, method, &(unit, mode)).await.map_err(refusal)?;
-        let job: OwnedObjectPath = body(&reply)?;
+        self.ended(body(&reply)?, limit).await
+    }
+
+    /// Waits for the end of a job; answers its result.
+    async fn ended(&self, job: OwnedObjectPath, limit: Duration) -> Result<String, JobError> {
         let (sender, end) = oneshot::channel();
         if let Some(result) = lock(&self.jobs).wait_for(&job, sender) {
             return Ok(result);
@@ -651,7 +691,7 @@ mod tests {
     #[test]
     fn a_change_that_is_older_than_the_last_look_is_left_out() {
         let change = |state: &str| {
-            let changed = HashMap::from([("ActiveState", zbus::Variant::from(state))]);
+            let changed = HashMap::from([("ActiveState", Variant::from(state))]);
             let signal = Message::signal(PATH, PROPERTIES, "PropertiesChanged");
             signal.build(&(UNIT, changed, Vec::<String>::new())).unwrap()
         };
