@@ -190,7 +190,8 @@ fn what_is_damaged_or_invalid_is_put_back_and_the_service_never_sees_it() {
 fn a_valid_edit_is_taken_over_becomes_good_and_is_what_comes_back() {
     let (_lab, host, mut events, before) = guarded();
     host.sh("printf 'server { listen 8123; return 204; }\n' > /etc/nginx/conf.d/new.conf").unwrap();
-    events.wait_for("files_good", NGINX).unwrap();
+    let changed = events.wait_for("files_changed", NGINX).unwrap();
+    assert_eq!(events.wait_for("files_good", NGINX).unwrap()["op"], changed["op"]);
     assert!(host.run(["curl", "-sf", "-o", "/dev/null", "http://127.0.0.1:8123/"]).unwrap().success());
     let edited = tree(&host);
     assert_ne!(edited, before);
