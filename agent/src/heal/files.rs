@@ -247,12 +247,18 @@ impl Task {
             Output::MarkGood(number) => {
                 // A look that is under way compares with what was good before.
                 self.again = self.looking;
-                // The next one must find it good; marking makes one small file.
-                let marked = hands.store.mark_good(&watch.workload, number);
-                if let Err(error) = marked {
-                    let (what, error) = ("marking the snapshot good".into(), error.to_string());
-                    self.note(Kind::FilesTrouble { what, error });
-                }
+                tokio::spawn(async move {
+                    let (store, name) = (hands.store.clone(), watch.workload.clone());
+                    let marked = tokio::task::spawn_blocking(move || store.mark_good(&name, number)).await;
+                    let error = match marked {
+                        Ok(Ok(())) => return,
+                        Ok(Err(error)) => error.to_string(),
+                        Err(error) => error.to_string(),
+                    };
+                    let unit = watch.units.first().map(String::as_str);
+                    let what = format!("marking snapshot {number} good: a new ftd will not know that it is");
+                    hands.bus.emit(unit, None, Kind::FilesTrouble { what, error });
+                });
             }
         }
     }
