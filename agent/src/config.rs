@@ -29,6 +29,8 @@ pub const DEFAULT_PATH: &str = "/etc/ftd/ftd.toml";
 /// `TimeoutStartSec=` and `TimeoutStopSec=` of ftd.service.
 const START_LIMIT: Duration = Duration::from_secs(30);
 const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// `RuntimeMaxSec=` of ftd-criu@.service.
+const CRIU_LIMIT: Duration = Duration::from_mins(30);
 
 /// The whole configuration, validated.
 #[derive(Debug, Clone, Default, Deserialize, Serialize)]
@@ -306,6 +308,28 @@ pub struct Snapshot {
     /// How long a service may take to take its files over.
     #[serde(with = "humantime_serde")]
     pub apply_deadline: Duration,
+    /// Where the images of processes are on their way between CRIU and the store.
+    pub scratch: Scratch,
+    /// The longest pause after failures in a row of a scheduled snapshot; the first is `retry`, and each is twice the
+    /// one before.
+    #[serde(with = "humantime_serde")]
+    pub retry_at_most: Duration,
+    /// How long CRIU may take for one unit; what is not done by then is put back.
+    #[serde(with = "humantime_serde")]
+    pub process_deadline: Duration,
+}
+
+/// `snapshot.scratch`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scratch {
+    /// In memory if they fit there, else on disk.
+    #[default]
+    Auto,
+    /// In memory, below /run: the service stands still for the shortest time.
+    Memory,
+    /// On disk, below `node.state_dir`.
+    Disk,
 }
 
 impl Default for Snapshot {
@@ -321,6 +345,9 @@ impl Default for Snapshot {
             retry: Duration::from_secs(5),
             check_deadline: Duration::from_secs(30),
             apply_deadline: Duration::from_secs(90),
+            scratch: Scratch::Auto,
+            retry_at_most: Duration::from_mins(5),
+            process_deadline: Duration::from_mins(2),
         }
     }
 }
@@ -368,6 +395,9 @@ pub struct Workload {
     /// when absent, for services that ftd knows (nginx, apache2).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub check: Option<Spanned<String>>,
+    /// Snapshots of it, and when they are taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<Schedule>,
     /// `[workload.heal]`: this workload's own figures; what is left out is as in `[heal]`.
     #[serde(default)]
     pub heal: HealOverride,
@@ -387,6 +417,20 @@ fn health_failures() -> u32 {
 }
 fn health_grace() -> Duration {
     Duration::from_secs(5)
+}
+
+/// `snapshot` of a workload.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Schedule {
+    /// Time between snapshots; when absent, they are taken by hand.
+    #[serde(with = "humantime_serde", skip_serializing_if = "Option::is_none")]
+    pub every: Option<Duration>,
+    /// With the processes of its units, through CRIU; else its files alone.
+    pub process: bool,
+    /// So many of them are kept, and the last good one; `snapshot.keep` when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep: Option<usize>,
 }
 
 /// `on_change`
@@ -643,6 +687,7 @@ impl Config {
             ("retry", snapshot.retry),
             ("check_deadline", snapshot.check_deadline),
             ("apply_deadline", snapshot.apply_deadline),
+            ("process_deadline", snapshot.process_deadline),
         ] {
             if value.is_zero() {
                 say(
@@ -651,6 +696,30 @@ impl Config {
                     "give it a time above 0, or leave it out for its default".into(),
                 );
             }
+        }
+        if snapshot.retry_at_most < snapshot.retry {
+            let time = humantime::format_duration;
+            say(
+                key(&["snapshot", "retry_at_most"]),
+                format!(
+                    "snapshot.retry <= snapshot.retry_at_most does not hold: {} > {}",
+                    time(snapshot.retry),
+                    time(snapshot.retry_at_most)
+                ),
+                "their defaults are 5s and 5min".into(),
+            );
+        }
+        if snapshot.process_deadline >= CRIU_LIMIT {
+            let time = humantime::format_duration;
+            say(
+                key(&["snapshot", "process_deadline"]),
+                format!(
+                    "snapshot.process_deadline < RuntimeMaxSec of ftd-criu@.service does not hold: {} >= {}",
+                    time(snapshot.process_deadline),
+                    time(CRIU_LIMIT)
+                ),
+                "lower it; its default is 2min".into(),
+            );
         }
         let inject = &self.inject;
         if inject.default_for < Duration::from_millis(100) || inject.default_for > inject.longest {
@@ -850,6 +919,9 @@ impl Config {
                     "name one of them".into(),
                 );
             }
+            if let Some(schedule) = &workload.snapshot {
+                check_schedule(workload, schedule, key(&["workload", &index, "snapshot"]), &mut say);
+            }
             for (what, zero) in [
                 ("health_every", workload.health_every.is_zero()),
                 ("health_deadline", workload.health_deadline.is_zero()),
@@ -871,6 +943,33 @@ impl Config {
             }
         }
         problems
+    }
+}
+
+/// Checks when and of what snapshots of a workload are to be taken.
+fn check_schedule(
+    workload: &Workload,
+    schedule: &Schedule,
+    at: Option<usize>,
+    say: &mut impl FnMut(Option<usize>, String, String),
+) {
+    let name = workload.name.as_ref();
+    if schedule.every.is_some_and(|every| every < Duration::from_millis(100)) {
+        let what = format!("snapshots of workload \"{name}\" would be taken more than ten times a second");
+        say(at, what, "use at least every = \"100ms\"".into());
+    }
+    if schedule.keep == Some(0) {
+        let what = format!("snapshots of workload \"{name}\": keep is 0: nothing would be kept");
+        say(at, what, "use at least 1, or leave it out".into());
+    }
+    let other = workload.units.iter().find(|unit| !unit_name(unit.as_ref()).ends_with(".service"));
+    if let Some(unit) = other.filter(|_| schedule.process) {
+        let what = format!("\"{}\" of workload \"{name}\" has no processes to be saved", unit.as_ref());
+        say(at, what, "set process = false, or keep to services in this workload".into());
+    }
+    if workload.files.is_empty() && !schedule.process {
+        let what = format!("snapshots of workload \"{name}\" would hold nothing");
+        say(at, what, "set process = true, or name files = [...]".into());
     }
 }
 

@@ -76,7 +76,9 @@ fn generate(workspace: &Workspace) -> Result<()> {
     leaves(&of_all, &mut keys);
     let page = fs::read_to_string(packaging.join("man/ftd.toml.5"))?;
     for key in keys {
-        let is_key = |line: &str| line.trim_start_matches(['#', ' ']).starts_with(&format!("{key} ="));
+        // At the beginning of a line, or in a table in one.
+        let begins = |part: &str| part.trim_start_matches(['#', ' ']).starts_with(&format!("{key} ="));
+        let is_key = |line: &str| line.split(['{', ',']).any(begins);
         ensure!(text.lines().any(is_key), "{} does not show the key {key}", installed.display());
         ensure!(page.contains(&format!(".BR {key} ")), "ftd.toml(5) does not explain the key {key}");
     }

@@ -519,7 +519,10 @@ impl Talk {
                 };
             }
             let notice = message.notify.unwrap_or_default();
+            let asked = Instant::now();
             let go_on = verdict.is_none() && word(Moment::of(notice.script()));
+            // The limit is CRIU's: who is asked for his word may take his time.
+            end += asked.elapsed();
             if !go_on && verdict.is_none() {
                 verdict = Some(CriuError::CalledOff { what: self.what.clone() });
                 end = Instant::now() + UNDO_LIMIT;

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     files::{self, CaptureError, Captured, Contents, Entry, Selection},
-    store::{self, About, Generation, Metadata, Snapshot, Store},
+    store::{self, About, Draft, Generation, Metadata, Snapshot, Store},
 };
 
 /// The entry that lists the files.
@@ -74,6 +74,12 @@ fn key(path: &std::path::Path) -> files::Bytes {
 pub fn take(store: &Store, about: About, selection: &Selection) -> Result<(Generation, Captured), Error> {
     let workload = about.workload.clone();
     let mut draft = store.begin(about)?;
+    let captured = add(&mut draft, &workload, selection)?;
+    Ok((draft.commit()?, captured))
+}
+
+/// Adds the selected files to a generation that is being taken.
+pub(super) fn add(draft: &mut Draft, workload: &str, selection: &Selection) -> Result<Captured, Error> {
     let (mut contents, mut count) = (BTreeMap::new(), 0_u64);
     let captured = files::capture(selection, &[], &mut |path, _, reader| {
         count += 1;
@@ -84,17 +90,17 @@ pub fn take(store: &Store, about: About, selection: &Selection) -> Result<(Gener
         Ok(())
     })?;
     if captured.entries.is_empty() {
-        return Err(Error::Nothing { workload, unmatched: captured.unmatched });
+        return Err(Error::Nothing { workload: workload.to_owned(), unmatched: captured.unmatched });
     }
     let list = List { captured, contents: contents.into_iter().collect() };
     let odd = |error: serde_json::Error| Error::List {
-        workload: workload.clone(),
+        workload: workload.to_owned(),
         number: 0,
         cause: error.to_string(),
     };
     let json = serde_json::to_vec(&list).map_err(odd)?;
     draft.add(LIST, Metadata::new(KIND_LIST, &()).map_err(odd)?, json.as_slice())?;
-    Ok((draft.commit()?, list.captured))
+    Ok(list.captured)
 }
 
 /// The files of a generation.
@@ -121,6 +127,12 @@ impl Files {
             .filter_map(|entry| Some((entry.path.clone(), contents.get(&key(&entry.path))?.clone())));
         let names = names.collect();
         Ok(Self { snapshot, captured, names })
+    }
+
+    /// Whether a generation holds files: one of processes alone does not.
+    pub fn any(store: &Store, workload: &str, number: u64) -> Result<bool, Error> {
+        let manifest = store.manifest(workload, number)?;
+        Ok(manifest.entries.iter().any(|entry| entry.name == LIST))
     }
 
     /// What was captured.

@@ -132,6 +132,25 @@ impl Systemd {
         }
     }
 
+    /// Does something with a conversation about no units in particular: for commands, which have no other.
+    pub async fn alone<T>(work: impl AsyncFnOnce(&Self) -> T) -> Result<T, JobError> {
+        let systemd = Self::default();
+        let cause = Mutex::new("no answer".to_owned());
+        let conversation = systemd.converse(Vec::new(), |report| {
+            if let Report::Lost(text) = report {
+                *lock(&cause) = text;
+            }
+        });
+        let unreachable = || JobError::Unreachable(lock(&cause).clone());
+        tokio::select! {
+            () = conversation => Err(unreachable()),
+            done = async {
+                timeout(CALL_LIMIT, systemd.looked()).await.map_err(|_| unreachable())?;
+                Ok(work(&systemd).await)
+            } => done,
+        }
+    }
+
     async fn session(
         &self,
         units: &[String],

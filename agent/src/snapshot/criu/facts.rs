@@ -12,7 +12,9 @@ use std::{
         ffi::OsStrExt as _,
         fs::{FileTypeExt as _, MetadataExt as _},
     },
-    path::Path,
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+    time::SystemTime,
 };
 
 use super::{Abilities, Criu, CriuError, check::JOURNAL, worker};
@@ -38,11 +40,28 @@ pub enum CriuFacts {
 }
 
 impl CriuFacts {
-    /// Asks the installed one.
+    /// Asks the installed one; what works is not asked again until it is replaced.
     pub fn read() -> Self {
-        match Criu::find().and_then(|criu| criu.abilities()) {
-            Ok(abilities) => Self::Found(abilities),
-            Err(CriuError::Missing) => Self::Missing,
+        /// The program, when it was last changed, and what it can do.
+        static KNOWN: Mutex<Option<(PathBuf, SystemTime, Abilities)>> = Mutex::new(None);
+        let criu = match Criu::find() {
+            Ok(criu) => criu,
+            Err(CriuError::Missing) => return Self::Missing,
+            Err(error) => return Self::Broken { cause: error.to_string() },
+        };
+        let changed = fs::metadata(criu.program()).and_then(|meta| meta.modified()).ok();
+        let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((program, then, abilities)) = known.as_ref()
+            && program == criu.program()
+            && Some(*then) == changed
+        {
+            return Self::Found(*abilities);
+        }
+        match criu.abilities() {
+            Ok(abilities) => {
+                *known = changed.map(|changed| (criu.program().to_owned(), changed, abilities));
+                Self::Found(abilities)
+            }
             Err(error) => Self::Broken { cause: error.to_string() },
         }
     }

@@ -40,15 +40,5 @@ pub fn restore(name: &str, dir: &Path) -> Result<()> {
 /// Does something with a connection to systemd.
 fn connected<T>(work: impl AsyncFnOnce(&Systemd) -> T) -> Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let systemd = Systemd::default();
-        let conversation = systemd.converse(Vec::new(), |_| {});
-        tokio::select! {
-            () = conversation => anyhow::bail!("the conversation with systemd has ended"),
-            done = async {
-                systemd.looked().await;
-                work(&systemd).await
-            } => Ok(done),
-        }
-    })
+    Ok(runtime.block_on(Systemd::alone(work))?)
 }

@@ -1,12 +1,12 @@
-//! What ftd reads of CRIU's images: which PIDs they will need, what the dump cost, and the name of the
-//! network lock. All else in them is CRIU's own business.
+//! What ftd reads of CRIU's images: which PIDs and files they will need, which memory is where in them, what the
+//! dump cost, and the name of the network lock. All else in them is CRIU's own business.
 //!
 //! An image is one or two magic numbers, then records: a length in 4 bytes, and a message of so many
 //! (magic.h, protobuf.c of CRIU). They come from a store or another host, so nothing in them is trusted: lengths
 //! are held against what is there.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     path::{Path, PathBuf},
 };
@@ -14,7 +14,8 @@ use std::{
 use prost::Message;
 
 use super::messages::{
-    DumpStatsEntry, FileEntry, InventoryEntry, PstreeEntry, RemapFilePathEntry, StatsEntry,
+    DumpStatsEntry, FileEntry, InventoryEntry, PagemapEntry, PagemapHead, PstreeEntry, RemapFilePathEntry,
+    StatsEntry,
 };
 
 const COMMON: u32 = 0x5456_4319;
@@ -24,6 +25,10 @@ const STATS: u32 = 0x5709_3306;
 const INVENTORY: u32 = 0x5831_3116;
 const FILES: u32 = 0x5630_3138;
 const REMAP: u32 = 0x5913_3954;
+const PAGEMAP: u32 = 0x5608_4025;
+/// Flags of a run of pages, see pagemap.h of CRIU.
+const PE_PARENT: u32 = 1;
+const PE_PRESENT: u32 = 4;
 
 /// A process tree as it was dumped, root first.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,6 +62,25 @@ pub struct NeededFile {
     pub path: PathBuf,
     /// Its size, where that must not have changed.
     pub size: Option<u64>,
+    /// The build-id of a program or library, where it has one; filled up with zeros to a multiple of 4 bytes.
+    pub build_id: Vec<u8>,
+}
+
+impl NeededFile {
+    /// Whether a file with this build-id is the same one, as far as build-ids say.
+    pub fn has_build_id(&self, found: Option<&[u8]>) -> bool {
+        let mut found = found.unwrap_or_default().to_vec();
+        found.resize(found.len().next_multiple_of(4), 0);
+        self.build_id.is_empty() || self.build_id == found
+    }
+}
+
+/// The build-id of a program or library; `None` if it has none, or is none.
+pub fn build_id(path: &Path) -> io::Result<Option<Vec<u8>>> {
+    use object::Object as _;
+    let cache = object::ReadCache::new(fs::File::open(path)?);
+    let Ok(file) = object::File::parse(&cache) else { return Ok(None) };
+    Ok(file.build_id().ok().flatten().map(<[u8]>::to_vec))
 }
 
 /// The files that the images refer to by name: programs, libraries, what was open. Those without a name
@@ -73,11 +97,55 @@ pub fn needed_files(dir: &Path) -> io::Result<Vec<NeededFile>> {
         .into_iter()
         .filter_map(|file| file.reg)
         .filter(|file| !nameless.contains(&file.id) && file.ext != Some(true));
-    let needed = named.map(|file| NeededFile { path: Path::new("/").join(&file.name), size: file.size });
+    let needed = named.map(|file| NeededFile {
+        path: Path::new("/").join(&file.name),
+        size: file.size,
+        build_id: file.build_id.iter().flat_map(|word| word.to_le_bytes()).collect(),
+    });
     let mut needed: Vec<_> = needed.collect();
     needed.sort();
     needed.dedup();
     Ok(needed)
+}
+
+/// A run of memory in an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Region {
+    /// Its address in the process, or its offset in a shared piece of memory.
+    pub address: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// Of which runs of memory each `pages-N.img` consists, in their order, by the file's name. `page` is the size of a
+/// page on the machine that made the images.
+pub fn pages(dir: &Path, page: u64) -> io::Result<BTreeMap<String, Vec<Region>>> {
+    let mut all = BTreeMap::new();
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.strip_prefix("pagemap-").and_then(|rest| rest.strip_suffix(".img")).is_none() {
+            continue;
+        }
+        let bytes = fs::read(entry.path())?;
+        let mut found = split(&bytes, &[COMMON, PAGEMAP])?.into_iter();
+        let head = PagemapHead::decode(found.next().ok_or_else(|| damaged("no head in it"))?)?;
+        let mut regions = Vec::new();
+        for record in found {
+            let run = PagemapEntry::decode(record)?;
+            let there = match run.flags {
+                Some(flags) => flags & PE_PRESENT != 0 && flags & PE_PARENT == 0,
+                None => run.in_parent != Some(true),
+            };
+            if there {
+                let pages = run.nr_pages.unwrap_or(run.compat_nr_pages.into());
+                regions.push(Region { address: run.vaddr, len: pages.saturating_mul(page) });
+            }
+        }
+        all.insert(format!("pages-{}.img", head.pages_id), regions);
+    }
+    Ok(all)
 }
 
 /// What the dump cost.
@@ -112,6 +180,11 @@ fn damaged(what: &str) -> io::Error {
 
 /// All records of an image with these magic numbers.
 fn records<M: Message + Default>(bytes: &[u8], magics: &[u32]) -> io::Result<Vec<M>> {
+    split(bytes, magics)?.into_iter().map(|record| Ok(M::decode(record)?)).collect()
+}
+
+/// The same, as they stand there.
+fn split<'a>(bytes: &'a [u8], magics: &[u32]) -> io::Result<Vec<&'a [u8]>> {
     let mut rest = bytes;
     let number = |rest: &mut &[u8]| {
         let (head, tail) = rest.split_first_chunk::<4>().ok_or_else(|| damaged("it is cut short"))?;
@@ -127,7 +200,7 @@ fn records<M: Message + Default>(bytes: &[u8], magics: &[u32]) -> io::Result<Vec
     while !rest.is_empty() {
         let length = number(&mut rest)? as usize;
         let record = rest.get(..length).ok_or_else(|| damaged("it is cut short"))?;
-        all.push(M::decode(record)?);
+        all.push(record);
         rest = &rest[length..];
     }
     Ok(all)
@@ -198,7 +271,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = |id, name: &str, size| {
             let ext = Some(name.starts_with("file["));
-            let reg = RegFileEntry { id, name: name.into(), size, ext, mode: None };
+            let build_id = if id <= 2 { vec![0x0403_0201, 5] } else { Vec::new() };
+            let reg = RegFileEntry { id, name: name.into(), size, ext, mode: None, build_id };
             FileEntry { r#type: 1, id, reg: Some(reg) }.encode_to_vec()
         };
         let socket = FileEntry { r#type: 4, id: 9, reg: None }.encode_to_vec();
@@ -220,6 +294,53 @@ mod tests {
         let needed = needed_files(dir.path()).unwrap();
         let names: Vec<_> = needed.iter().map(|file| (file.path.to_str().unwrap(), file.size)).collect();
         assert_eq!(names, [("/usr/sbin/x", Some(7)), ("/var/log/x", None)]);
+        let [program, log] = needed.as_slice() else { panic!("{needed:?}") };
+        assert!(
+            program.has_build_id(Some(&[1, 2, 3, 4, 5])) && program.has_build_id(Some(&[1, 2, 3, 4, 5, 0]))
+        );
+        assert!(!program.has_build_id(Some(&[1, 2, 3, 4, 6])) && !program.has_build_id(None));
+        assert!(log.has_build_id(None) && log.has_build_id(Some(&[9])));
+    }
+
+    #[test]
+    fn programs_have_build_ids_and_other_files_have_none() {
+        let own = std::env::current_exe().unwrap();
+        let id = build_id(&own).unwrap();
+        assert!(id.is_none_or(|id| id.len() >= 8));
+        assert_eq!(build_id(Path::new("/etc/passwd")).unwrap(), None);
+        assert!(build_id(Path::new("/nowhere")).is_err());
+    }
+
+    #[test]
+    fn memory_is_found_by_its_pagemap() {
+        let dir = tempfile::tempdir().unwrap();
+        let head = |pages_id| PagemapHead { pages_id }.encode_to_vec();
+        let run = |vaddr, pages: u32, in_parent, flags, nr_pages| {
+            PagemapEntry { vaddr, compat_nr_pages: pages, in_parent, flags, nr_pages }.encode_to_vec()
+        };
+        let bytes = image(
+            &[COMMON, PAGEMAP],
+            &[
+                &|| head(3),
+                &|| run(0x1000, 2, None, Some(4), None),
+                // Not in this file: of the round before, or to come.
+                &|| run(0x9000, 1, None, Some(5), None),
+                &|| run(0xa000, 1, None, Some(2), None),
+                &|| run(0xb000, 1, Some(true), None, None),
+                &|| run(0xc000, 9, None, None, Some(1)),
+            ],
+        );
+        fs::write(dir.path().join("pagemap-71.img"), &bytes).unwrap();
+        fs::write(dir.path().join("pagemap-shmem-5.img"), image(&[COMMON, PAGEMAP], &[&|| head(4)])).unwrap();
+        fs::write(dir.path().join("core-71.img"), "").unwrap();
+        let found = pages(dir.path(), 4096).unwrap();
+        let regions = [Region { address: 0x1000, len: 8192 }, Region { address: 0xc000, len: 4096 }];
+        assert_eq!(
+            found,
+            BTreeMap::from([("pages-3.img".into(), regions.to_vec()), ("pages-4.img".into(), vec![])])
+        );
+        fs::write(dir.path().join("pagemap-71.img"), &bytes[..bytes.len() - 1]).unwrap();
+        assert!(pages(dir.path(), 4096).is_err());
     }
 
     #[test]

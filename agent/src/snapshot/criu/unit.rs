@@ -17,7 +17,9 @@
 //!   network lock stays                           (CRIU has taken the network lock away)
 //! ```
 //!
-//! A dump that leaves the service running touches nothing of systemd's at all.
+//! A dump that leaves the service running touches nothing of systemd's at all. Several units that are stopped, or
+//! restored, together need the two reloads once. systemd offers no way around them: at run time `SetUnitProperties`
+//! changes limits of control groups, and nothing of what the drop-ins say.
 //!
 //! **What CRIU restores by itself** (user, capabilities, seccomp filters, no_new_privs) must not be imposed on
 //! CRIU as well, for it needs its own powers meanwhile: the drop-in lifts those settings for this start. What they
@@ -27,17 +29,23 @@
 //! CRIU leaves a packet filter behind for that, a table `CRIU-…` of nftables. Where the
 //! processes come back, CRIU removes it; where they have moved away with their address, [`release_network`] does.
 //!
-//! **After a crash of ftd** a drop-in may be left. It does nothing to a running unit, and [`sweep`] removes it.
+//! **After a crash of ftd** a drop-in may be left. It does nothing to a running unit, and [`sweep`] removes it. One
+//! that is in use is locked (flock) by its maker, which may be another process.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
     fs, io,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::mpsc,
     time::{Duration, Instant},
 };
 
+use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
 
 use super::{
     After, Criu, CriuError, Dump, Dumped, Moment,
@@ -46,7 +54,7 @@ use super::{
     images, log,
 };
 use crate::unit::{
-    alias,
+    alias, cgroup,
     manager::{JobError, Service, Systemd},
 };
 
@@ -153,6 +161,24 @@ pub enum UnitError {
     /// CRIU would not.
     #[error(transparent)]
     Criu(#[from] CriuError),
+    /// The images are complete, and whoever was to take them has not: the units go on as before.
+    #[error("{} is not stopped: its images were not taken over", .units.join(", "))]
+    NotTaken {
+        /// The units.
+        units: Vec<String>,
+    },
+    /// Several things are in the way; nothing was touched.
+    #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
+    Several(Vec<UnitError>),
+    /// Some were restored, and run.
+    #[error("{failure}\nrestored before it, and running: {}", .restored.join(", "))]
+    Partly {
+        /// The units that were.
+        restored: Vec<String>,
+        /// What stopped it.
+        #[source]
+        failure: Box<UnitError>,
+    },
     /// It was started and did not come up.
     #[error("{unit} was not restored: {words}. {mend}")]
     Failed {
@@ -163,6 +189,13 @@ pub enum UnitError {
         /// What to do.
         mend: String,
     },
+}
+
+impl UnitError {
+    /// One error of them all; `None` where there is none.
+    fn of(mut errors: Vec<Self>) -> Option<Self> {
+        if errors.len() > 1 { Some(Self::Several(errors)) } else { errors.pop() }
+    }
 }
 
 fn file(what: impl Into<String>) -> impl FnOnce(io::Error) -> UnitError {
@@ -228,7 +261,7 @@ pub async fn check(systemd: &Systemd, unit: &str) -> Result<Report, UnitError> {
 }
 
 /// The service with this name, or with the name that it has on this distribution.
-async fn service(systemd: &Systemd, unit: &str) -> Result<Service, UnitError> {
+pub(in crate::snapshot) async fn service(systemd: &Systemd, unit: &str) -> Result<Service, UnitError> {
     let asked = systemd.service(unit).await;
     if let Err(JobError::Refused(_)) = &asked {
         for other in alias::others(unit) {
@@ -244,73 +277,101 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
     tokio::task::spawn_blocking(work).await.map_err(|error| file("a thread")(io::Error::other(error)))
 }
 
+/// A unit that was looked at, and that nothing keeps from being dumped.
+#[derive(Debug, Clone)]
+struct Looked {
+    service: Service,
+    /// What is not part of the tree, in CRIU's words.
+    external: Vec<String>,
+    /// The record, still without the cost.
+    image: UnitImage,
+}
+
+impl Looked {
+    async fn at(systemd: &Systemd, unit: &str, dir: &Path, after: After) -> Result<Self, UnitError> {
+        let service = service(systemd, unit).await?;
+        let facts = {
+            let service = service.clone();
+            blocking(move || Facts::read(&service)).await?
+        };
+        let report = judge(&facts);
+        if !report.ready() {
+            return Err(UnitError::Blocked(Box::new(report)));
+        }
+        let own_mounts = facts.own_mounts();
+        visible(&service.id, dir, own_mounts)?;
+        let journal: Vec<u64> = facts.journal_sockets().into_iter().collect();
+        let nulls: Vec<String> = facts.unseen_nulls().into_iter().collect();
+        let external = journal.iter().map(|inode| format!("unix[{inode}]"));
+        let external = external.chain(nulls.iter().cloned()).collect();
+        let criu = match facts.criu {
+            CriuFacts::Found(abilities) => abilities.version,
+            CriuFacts::Missing | CriuFacts::Broken { .. } => super::Version::default(),
+        };
+        let (machine, kernel) = machine();
+        let image = UnitImage {
+            version: VERSION,
+            unit: service.id.clone(),
+            main_pid: service.main_pid,
+            journal,
+            nulls,
+            own_mounts,
+            stopped: after == After::End,
+            machine,
+            kernel,
+            criu,
+            taken: jiff::Timestamp::now(),
+            cost: Dumped::default(),
+        };
+        Ok(Self { service, external, image })
+    }
+
+    /// Has CRIU dump it. What stands in `dir` when the last word is asked for is complete, but for the cost.
+    fn dump(
+        mut self,
+        criu: &Criu,
+        dump: &DumpUnit<'_>,
+        mut word: impl FnMut(Moment) -> bool,
+    ) -> Result<UnitImage, UnitError> {
+        let mut saved = Ok(());
+        let request = Dump {
+            external: self.external,
+            limit: dump.limit,
+            ..Dump::new(self.service.main_pid, dump.dir, dump.after)
+        };
+        let done = criu.dump(&request, |moment| {
+            // Everything stands still: what is saved here fits what is in memory.
+            if moment == Moment::PostDump {
+                saved = save_files(dump.dir, &self.service).and_then(|()| self.image.write(dump.dir));
+            }
+            saved.is_ok() && word(moment)
+        });
+        saved?;
+        self.image.cost = done?;
+        self.image.write(dump.dir)?;
+        Ok(self.image)
+    }
+}
+
 /// Dumps a unit. `word` has the last word at each moment, see [`Criu::dump`].
 pub async fn dump_unit(
     systemd: &Systemd,
     criu: &Criu,
     unit: &str,
     dump: DumpUnit<'_>,
-    mut word: impl FnMut(Moment) -> bool + Send + 'static,
+    word: impl FnMut(Moment) -> bool + Send + 'static,
 ) -> Result<UnitImage, UnitError> {
-    let service = service(systemd, unit).await?;
-    let facts = {
-        let service = service.clone();
-        blocking(move || Facts::read(&service)).await?
-    };
-    let report = judge(&facts);
-    if !report.ready() {
-        return Err(UnitError::Blocked(Box::new(report)));
-    }
-    let (unit, pid) = (service.id.clone(), service.main_pid);
-    visible(&unit, dump.dir, facts.own_mounts())?;
+    let looked = Looked::at(systemd, unit, dump.dir, dump.after).await?;
+    let unit = looked.service.id.clone();
     let stopping = match dump.after {
-        After::End => Some(DropIn::place(systemd, &unit, STOPPING, STOP_QUIETLY).await?),
+        After::End => Some(Placed::new(systemd, vec![(unit.clone(), STOPPING, STOP_QUIETLY.into())]).await?),
         After::Run | After::Stop => None,
     };
-    let journal: Vec<u64> = facts.journal_sockets().into_iter().collect();
-    let nulls: Vec<String> = facts.unseen_nulls().into_iter().collect();
-    let done = {
-        let (dir, criu, service) = (dump.dir.to_owned(), criu.clone(), service.clone());
-        let external = journal.iter().map(|inode| format!("unix[{inode}]"));
-        let external = external.chain(nulls.iter().cloned()).collect();
+    let image = {
+        let (dir, criu) = (dump.dir.to_owned(), criu.clone());
         let (after, limit) = (dump.after, dump.limit);
-        blocking(move || {
-            let mut saved = Ok(());
-            let request = Dump { external, limit, ..Dump::new(pid, &dir, after) };
-            let done = criu.dump(&request, |moment| {
-                // Everything stands still: what is saved here fits what is in memory.
-                if moment == Moment::PostDump {
-                    saved = save_files(&dir, &service);
-                }
-                saved.is_ok() && word(moment)
-            });
-            saved.and(done.map_err(UnitError::from))
-        })
-        .await?
+        blocking(move || looked.dump(&criu, &DumpUnit { dir: &dir, after, limit }, word)).await?
     };
-    let image = done.and_then(|cost| {
-        let criu = match facts.criu {
-            CriuFacts::Found(abilities) => abilities.version,
-            CriuFacts::Missing | CriuFacts::Broken { .. } => super::Version::default(),
-        };
-        let (machine, kernel) = machine();
-        let own_mounts = facts.own_mounts();
-        let image = UnitImage {
-            version: VERSION,
-            unit: unit.clone(),
-            main_pid: pid,
-            journal,
-            nulls,
-            own_mounts,
-            stopped: dump.after == After::End,
-            machine,
-            kernel,
-            criu,
-            taken: jiff::Timestamp::now(),
-            cost,
-        };
-        image.write(dump.dir).map(|()| image)
-    });
     if let Some(stopping) = stopping {
         // The processes are dead. The job ends when systemd knows that too, whichever comes first.
         let stopped = match &image {
@@ -323,6 +384,151 @@ pub async fn dump_unit(
     image
 }
 
+/// Dumps units, each into its directory, and stops them: all of them or none. They are frozen one after another;
+/// when all images are complete, and every process stands still, `take` takes them over. Only after its yes
+/// do processes end. Until then any failure, and the end of this process too, lets all of them go on.
+pub async fn dump_and_stop(
+    systemd: &Systemd,
+    criu: &Criu,
+    units: &[(String, PathBuf)],
+    limit: Duration,
+    take: impl Future<Output = bool>,
+) -> Result<Vec<UnitImage>, UnitError> {
+    let mut looked = Vec::new();
+    for (unit, dir) in units {
+        looked.push((Looked::at(systemd, unit, dir, After::End).await?, dir.clone()));
+    }
+    let ids: Vec<String> = looked.iter().map(|(looked, _)| looked.service.id.clone()).collect();
+    let drop_ins = ids.iter().map(|unit| (unit.clone(), STOPPING, STOP_QUIETLY.into())).collect();
+    let stopping = Placed::new(systemd, drop_ins).await?;
+    let ended = dump_all(criu, looked, limit, take, &ids).await;
+    let mut stopped = Ok(());
+    if ended.is_ok() {
+        for unit in ids.iter().rev() {
+            // The processes are dead: there is nothing to wait for but systemd's taking notice.
+            let job = systemd.stop(unit, limit).await.map(drop);
+            let failed = |cause| UnitError::Systemd { what: "stopping", unit: unit.clone(), cause };
+            stopped = stopped.and(job.map_err(failed));
+        }
+    }
+    stopping.remove(systemd).await?;
+    let images = ended?;
+    stopped.map(|()| images)
+}
+
+async fn dump_all(
+    criu: &Criu,
+    looked: Vec<(Looked, PathBuf)>,
+    limit: Duration,
+    take: impl Future<Output = bool>,
+    ids: &[String],
+) -> Result<Vec<UnitImage>, UnitError> {
+    let (mut frozen, mut failure, mut all) = (Vec::new(), None, true);
+    for (looked, dir) in looked {
+        let (reached, complete) = oneshot::channel();
+        // Dropped, it says no.
+        let (verdict, word) = mpsc::channel();
+        let (criu, mut reached) = (criu.clone(), Some(reached));
+        let mut dump = tokio::task::spawn_blocking(move || {
+            let dump = DumpUnit { dir: &dir, after: After::End, limit };
+            looked.dump(&criu, &dump, |moment| {
+                if moment != Moment::PostDump {
+                    return true;
+                }
+                // Nobody waits for it any more if that fails, and then nobody says yes.
+                let _ = reached.take().map(|reached| reached.send(()));
+                word.recv().unwrap_or(false)
+            })
+        });
+        tokio::select! {
+            biased;
+            Ok(()) = complete => frozen.push((dump, verdict)),
+            done = &mut dump => {
+                (failure, all) = (joined(done).err(), false);
+                break;
+            }
+        }
+    }
+    let yes = all && take.await;
+    let mut images = Vec::new();
+    for (_, verdict) in &frozen {
+        let _ = verdict.send(yes);
+    }
+    for (dump, verdict) in frozen {
+        drop(verdict);
+        match joined(dump.await) {
+            Ok(image) => images.push(image),
+            Err(error) if yes => failure = failure.or(Some(error)),
+            // It was called off, as it was told to.
+            Err(_) => {}
+        }
+    }
+    match failure {
+        Some(error) => Err(error),
+        None if yes => Ok(images),
+        None => Err(UnitError::NotTaken { units: ids.to_vec() }),
+    }
+}
+
+fn joined<T>(done: Result<Result<T, UnitError>, tokio::task::JoinError>) -> Result<T, UnitError> {
+    done.map_err(|error| file("a thread")(io::Error::other(error)))?
+}
+
+/// What a restore may take for granted when it looks at what is in the way.
+#[derive(Debug, Clone, Default)]
+pub struct Granted {
+    /// Units that run are stopped before: their processes, and that they run, are in nobody's way.
+    pub stopped: bool,
+    /// Files that are put back before, and their sizes then.
+    pub files: BTreeMap<PathBuf, u64>,
+}
+
+/// All that is in the way of restoring units, each from its directory. Empty: nothing, as far as can be seen.
+pub async fn in_the_way(systemd: &Systemd, units: &[(String, PathBuf)], granted: &Granted) -> Vec<UnitError> {
+    let mut errors = Vec::new();
+    for (unit, dir) in units {
+        match look(systemd, unit, dir, granted).await {
+            Ok((_, _, found)) => errors.extend(found),
+            Err(error) => errors.push(error),
+        }
+    }
+    errors
+}
+
+/// Looks whether a unit can be restored: what systemd says of it, the record, and what is in the way.
+async fn look(
+    systemd: &Systemd,
+    unit: &str,
+    dir: &Path,
+    granted: &Granted,
+) -> Result<(Service, UnitImage, Vec<UnitError>), UnitError> {
+    let service = service(systemd, unit).await?;
+    let image = UnitImage::read(dir)?;
+    image.fits(dir, &service.id)?;
+    let mut errors = Vec::new();
+    let down = matches!(service.active_state.as_str(), "inactive" | "failed");
+    if !down && !granted.stopped {
+        let mend = "stop it first (--stop): what it holds in memory now would be lost";
+        let (unit, state) = (service.id.clone(), service.active_state.clone());
+        errors.push(UnitError::State { unit, state, mend });
+    }
+    errors.extend(visible(&service.id, dir, image.own_mounts).err());
+    let own = if down { BTreeSet::new() } else { ids_of(&service) };
+    let (unit, dir, mounts) = (service.id.clone(), dir.to_owned(), image.own_mounts);
+    let files = granted.files.clone();
+    errors.extend(blocking(move || misfits(&unit, &dir, mounts, &own, &files)).await??);
+    Ok((service, image, errors))
+}
+
+/// The numbers of a running unit's processes and threads.
+fn ids_of(service: &Service) -> BTreeSet<u32> {
+    let dir = cgroup::directory(&service.control_group);
+    let pids = dir.and_then(|dir| cgroup::processes(&dir).ok()).unwrap_or_default();
+    let tasks = pids.iter().filter_map(|pid| fs::read_dir(format!("/proc/{pid}/task")).ok());
+    let tasks = tasks.flatten().flatten().filter_map(|task| task.file_name().to_str()?.parse().ok());
+    tasks.chain(pids.iter().copied()).collect()
+}
+
 /// Restores a unit that is down, from images that [`dump_unit`] made.
 pub async fn restore_unit(
     systemd: &Systemd,
@@ -331,55 +537,111 @@ pub async fn restore_unit(
     dir: &Path,
     limit: Duration,
 ) -> Result<Restored, UnitError> {
+    let mut restored = restore_units(systemd, criu, &[(unit.to_owned(), dir.to_owned())], limit).await?;
+    // One goes in, and one comes out.
+    restored.pop().ok_or_else(|| UnitError::Several(Vec::new()))
+}
+
+/// Restores units that are down, one after another. Nothing is touched unless nothing is in the way of any.
+pub async fn restore_units(
+    systemd: &Systemd,
+    criu: &Criu,
+    units: &[(String, PathBuf)],
+    limit: Duration,
+) -> Result<Vec<Restored>, UnitError> {
     let begun = Instant::now();
-    let service = service(systemd, unit).await?;
-    let unit = service.id.clone();
-    let image = UnitImage::read(dir)?;
-    image.fits(dir, &unit)?;
-    if !matches!(service.active_state.as_str(), "inactive" | "failed") {
-        let mend = "stop it first: what runs would be lost";
-        return Err(UnitError::State { unit, state: service.active_state, mend });
+    let (mut ready, mut errors) = (Vec::new(), Vec::new());
+    for (unit, dir) in units {
+        match look(systemd, unit, dir, &Granted::default()).await {
+            Ok((service, image, found)) => {
+                errors.extend(found);
+                ready.push((service, image, dir.as_path()));
+            }
+            Err(error) => errors.push(error),
+        }
     }
-    visible(&unit, dir, image.own_mounts)?;
-    {
-        let (unit, dir, own) = (unit.clone(), dir.to_owned(), image.own_mounts);
-        blocking(move || fits_here(&unit, &dir, own)).await??;
+    if let Some(error) = UnitError::of(errors) {
+        return Err(error);
     }
-    let pid_file = service.pid_file.clone().unwrap_or_else(|| format!("/run/{unit}.ftd-restore.pid"));
-    let text = start_by_criu(&service, &image, criu.program(), dir, Path::new(&pid_file), limit);
-    let _ = fs::remove_file(dir.join("restore.log"));
-    let starting = DropIn::place(systemd, &unit, STARTING, &text).await?;
-    let start = Instant::now();
-    let job = systemd.start(&unit, limit + JOB_MARGIN).await;
-    let start_us = start.elapsed().as_micros() as u64;
+    let mut drop_ins = Vec::new();
+    for (service, image, dir) in &ready {
+        let pid_file = pid_file_of(service);
+        let text = start_by_criu(service, image, criu.program(), dir, &pid_file, limit);
+        let _ = fs::remove_file(dir.join("restore.log"));
+        drop_ins.push((service.id.clone(), STARTING, text));
+    }
+    let starting = Placed::new(systemd, drop_ins).await?;
+    let (mut restored, mut failure) = (Vec::new(), None);
+    for (service, image, dir) in &ready {
+        let start = Instant::now();
+        let job = systemd.start(&service.id, limit + JOB_MARGIN).await;
+        let start_us = start.elapsed().as_micros() as u64;
+        if service.pid_file.is_none() {
+            // systemd has read it. Only ours: the unit's own belongs to the unit.
+            let _ = fs::remove_file(pid_file_of(service));
+        }
+        match is_back(systemd, service, image, dir, job).await {
+            Ok(main_pid) => {
+                let took_us = begun.elapsed().as_micros() as u64;
+                restored.push(Restored { main_pid, took_us, start_us });
+            }
+            Err(error) => {
+                failure = Some(error);
+                break;
+            }
+        }
+    }
     starting.remove(systemd).await?;
-    if service.pid_file.is_none() {
-        // systemd has read it. Only ours: the unit's own belongs to the unit.
-        let _ = fs::remove_file(&pid_file);
+    match failure {
+        None => Ok(restored),
+        Some(failure) if restored.is_empty() => Err(failure),
+        Some(failure) => {
+            let names = ready.iter().zip(&restored).map(|((service, ..), _)| service.id.clone());
+            Err(UnitError::Partly { restored: names.collect(), failure: Box::new(failure) })
+        }
     }
+}
+
+fn pid_file_of(service: &Service) -> PathBuf {
+    let own = || format!("/run/{}.ftd-restore.pid", service.id);
+    service.pid_file.clone().unwrap_or_else(own).into()
+}
+
+/// Whether a start job has made the unit what it was; its main process.
+async fn is_back(
+    systemd: &Systemd,
+    service: &Service,
+    image: &UnitImage,
+    dir: &Path,
+    job: Result<String, JobError>,
+) -> Result<u32, UnitError> {
+    let unit = &service.id;
     let result = job.map_err(|cause| UnitError::Systemd { what: "restoring", unit: unit.clone(), cause })?;
     if result != "done" {
-        return Err(why_not(&unit, dir, &result));
+        return Err(why_not(unit, dir, &result));
     }
-    let now = self::service(systemd, &unit).await?;
+    let now = self::service(systemd, unit).await?;
     if now.main_pid != image.main_pid {
         let words = format!("systemd takes {} for its main process, not {}", now.main_pid, image.main_pid);
         let mend = "See: systemctl status".to_owned();
-        return Err(UnitError::Failed { unit, words, mend });
+        return Err(UnitError::Failed { unit: unit.clone(), words, mend });
     }
-    Ok(Restored { main_pid: now.main_pid, took_us: begun.elapsed().as_micros() as u64, start_us })
+    Ok(now.main_pid)
 }
 
 /// What systemd may take on top of CRIU's own limit.
 const JOB_MARGIN: Duration = Duration::from_secs(10);
 
-/// Removes the packet filter that CRIU left to keep a dumped unit's connections silent. Nothing to remove is
-/// no error.
-pub async fn release_network(dir: &Path) -> Result<(), UnitError> {
-    let table = images::network_lock(dir).map_err(|error| UnitError::Images {
+/// The packet filter that CRIU left to keep a dumped unit's connections silent.
+pub fn network_lock(dir: &Path) -> Result<String, UnitError> {
+    images::network_lock(dir).map_err(|error| UnitError::Images {
         dir: dir.to_owned(),
         cause: format!("the name of CRIU's network lock cannot be read: {error}"),
-    })?;
+    })
+}
+
+/// Removes that packet filter. Nothing to remove is no error: CRIU makes none where there is no connection.
+pub async fn release_network(table: String) -> Result<(), UnitError> {
     blocking(move || {
         let mut nft = Command::new(NFT);
         // `destroy` would take a missing one for done, but needs Linux 6.3.
@@ -398,6 +660,8 @@ pub async fn sweep(systemd: &Systemd) -> Result<usize, UnitError> {
     for entry in fs::read_dir(RUNTIME).into_iter().flatten().flatten() {
         for name in [STOPPING, STARTING] {
             let path = entry.path().join(name);
+            let Ok(file) = fs::File::open(&path) else { continue };
+            let Ok(_ours) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else { continue };
             if fs::remove_file(&path).is_ok() {
                 swept += 1;
                 let _ = fs::remove_dir(entry.path());
@@ -405,8 +669,7 @@ pub async fn sweep(systemd: &Systemd) -> Result<usize, UnitError> {
         }
     }
     if swept > 0 {
-        let failed = |cause| UnitError::Systemd { what: "reloading", unit: "unit files".into(), cause };
-        systemd.reload_files().await.map_err(failed)?;
+        reload(systemd).await?;
     }
     Ok(swept)
 }
@@ -418,30 +681,57 @@ pub async fn sweep(systemd: &Systemd) -> Result<usize, UnitError> {
 const STOP_QUIETLY: &str = "[Service]\nRestart=no\nSuccessExitStatus=SIGKILL\nRuntimeDirectoryPreserve=yes\n\
                             ExecStop=\nExecStopPost=\n";
 
-/// A drop-in that holds while something is done.
+/// Drop-ins that hold while something is done.
 #[derive(Debug)]
-struct DropIn {
-    path: PathBuf,
-    unit: String,
-}
+struct Placed(Vec<DropIn>);
 
-impl DropIn {
-    async fn place(systemd: &Systemd, unit: &str, name: &str, text: &str) -> Result<Self, UnitError> {
-        let dir = Path::new(RUNTIME).join(format!("{unit}.d"));
-        let path = dir.join(name);
-        let what = format!("{} cannot be written", path.display());
-        fs::create_dir_all(&dir).and_then(|()| fs::write(&path, text)).map_err(file(what))?;
-        // From here on an error removes it.
-        let drop_in = Self { path, unit: unit.to_owned() };
-        let failed = |cause| UnitError::Systemd { what: "reloading", unit: unit.into(), cause };
-        systemd.reload_files().await.map_err(failed)?;
-        Ok(drop_in)
+impl Placed {
+    /// Puts drop-ins in place, each a unit, a name and a text, and has systemd read them.
+    async fn new(systemd: &Systemd, wanted: Vec<(String, &str, String)>) -> Result<Self, UnitError> {
+        let mut placed = Vec::new();
+        for (unit, name, text) in wanted {
+            let path = Path::new(RUNTIME).join(format!("{unit}.d")).join(name);
+            let what = format!("{} cannot be written", path.display());
+            // From here on an error removes it.
+            placed.push(DropIn::write(path, &text).map_err(file(what))?);
+        }
+        reload(systemd).await?;
+        Ok(Self(placed))
     }
 
     async fn remove(self, systemd: &Systemd) -> Result<(), UnitError> {
-        let unit = self.unit.clone();
-        drop(self);
-        systemd.reload_files().await.map_err(|cause| UnitError::Systemd { what: "reloading", unit, cause })
+        let Self(drop_ins) = self;
+        drop(drop_ins);
+        reload(systemd).await
+    }
+}
+
+async fn reload(systemd: &Systemd) -> Result<(), UnitError> {
+    let failed = |cause| UnitError::Systemd { what: "reloading", unit: "unit files".into(), cause };
+    systemd.reload_files().await.map_err(failed)
+}
+
+#[derive(Debug)]
+struct DropIn {
+    path: PathBuf,
+    /// Tells a [`sweep`] that it is in use.
+    _lock: Flock<fs::File>,
+}
+
+impl DropIn {
+    fn write(path: PathBuf, text: &str) -> io::Result<Self> {
+        fs::create_dir_all(path.parent().unwrap_or(Path::new(RUNTIME)))?;
+        loop {
+            let file = fs::File::create(&path)?;
+            let inode = file.metadata()?.ino();
+            let lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
+            // Between the two a sweep may have taken it for left over.
+            if fs::metadata(&path).is_ok_and(|meta| meta.ino() == inode) {
+                let drop_in = Self { path, _lock: lock };
+                fs::write(&drop_in.path, text)?;
+                return Ok(drop_in);
+            }
+        }
     }
 }
 
@@ -569,13 +859,23 @@ fn visible(unit: &str, dir: &Path, own_mounts: bool) -> Result<(), UnitError> {
     Ok(())
 }
 
-/// Whether PIDs are free and files as they were.
-fn fits_here(unit: &str, dir: &Path, own_mounts: bool) -> Result<(), UnitError> {
+/// Which PIDs are not free, but for the unit's `own`, and which files are not as they were, nor will be so when
+/// `put_back`.
+fn misfits(
+    unit: &str,
+    dir: &Path,
+    own_mounts: bool,
+    own: &BTreeSet<u32>,
+    put_back: &BTreeMap<PathBuf, u64>,
+) -> Result<Vec<UnitError>, UnitError> {
     let damaged = |error: io::Error| UnitError::Images { dir: dir.into(), cause: error.to_string() };
+    let mut errors = Vec::new();
     for pid in images::tree(dir).map_err(damaged)?.ids {
         // Threads too can be asked for by their number, though they are not listed.
-        if let Ok(comm) = fs::read_to_string(format!("/proc/{pid}/comm")) {
-            return Err(UnitError::Taken { unit: unit.into(), pid, owner: comm.trim().to_owned() });
+        if !own.contains(&pid)
+            && let Ok(comm) = fs::read_to_string(format!("/proc/{pid}/comm"))
+        {
+            errors.push(UnitError::Taken { unit: unit.into(), pid, owner: comm.trim().to_owned() });
         }
     }
     for needed in images::needed_files(dir).map_err(damaged)? {
@@ -584,16 +884,40 @@ fn fits_here(unit: &str, dir: &Path, own_mounts: bool) -> Result<(), UnitError> 
         if below(&["/proc", "/sys", "/run"]) || own_mounts && below(&HIDDEN) {
             continue;
         }
-        let changed = |how: String| UnitError::Changed { unit: unit.into(), path: needed.path.clone(), how };
-        let meta = fs::metadata(&needed.path).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => changed("is missing".into()),
-            _ => changed(format!("cannot be looked at: {error}")),
-        })?;
-        if let Some(size) = needed.size.filter(|size| meta.is_file() && *size != meta.len()) {
-            return Err(changed(format!("has {} bytes now, and had {size}", meta.len())));
+        if let Some(how) = difference(&needed, put_back.get(&needed.path).copied()) {
+            errors.push(UnitError::Changed { unit: unit.into(), path: needed.path, how });
         }
     }
-    Ok(())
+    Ok(errors)
+}
+
+/// How a file is not what CRIU will want.
+fn difference(needed: &images::NeededFile, put_back: Option<u64>) -> Option<String> {
+    let other_size = |found: u64| {
+        let size = needed.size.filter(|size| *size != found)?;
+        Some(format!("has {found} bytes now, and had {size}"))
+    };
+    if let Some(size) = put_back {
+        return other_size(size).map(|how| how.replace(" now", " in the snapshot"));
+    }
+    let meta = match fs::metadata(&needed.path) {
+        Ok(meta) => meta,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Some("is missing".into()),
+        Err(error) => return Some(format!("cannot be looked at: {error}")),
+    };
+    if !meta.is_file() {
+        return None;
+    }
+    if let Some(how) = other_size(meta.len()) {
+        return Some(how);
+    }
+    match (needed.build_id.is_empty(), images::build_id(&needed.path)) {
+        (false, Ok(found)) if !needed.has_build_id(found.as_deref()) => {
+            Some("is another build now (its build-id differs)".into())
+        }
+        (false, Err(error)) => Some(format!("cannot be read: {error}")),
+        _ => None,
+    }
 }
 
 fn why_not(unit: &str, dir: &Path, result: &str) -> UnitError {
