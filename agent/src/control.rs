@@ -8,6 +8,7 @@ use std::{sync::Arc, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::snapshot::schedule::{GenerationStatus, SnapshotStatus};
 use crate::{
     config::Config,
     event::bus::Bus,
@@ -17,6 +18,7 @@ use crate::{
     },
     inject::{Faults, Record},
     probe::Source,
+    snapshot::schedule::Board,
     unit::manager::Systemd,
 };
 
@@ -40,6 +42,8 @@ pub struct App {
     pub faults: Arc<Faults>,
     /// Where deaths are learned from.
     pub source: Arc<Source>,
+    /// How snapshots stand.
+    pub snapshots: Arc<Board>,
     /// When ftd started.
     pub started: jiff::Timestamp,
 }
@@ -64,6 +68,9 @@ pub struct Status {
     pub probe: ProbeStatus,
     /// Units under care.
     pub units: Vec<UnitStatus>,
+    /// Snapshots, of each workload that has files or a schedule.
+    #[serde(default)]
+    pub snapshots: Vec<SnapshotStatus>,
     /// Faults that are not undone yet.
     pub faults: Vec<Record>,
 }
@@ -164,6 +171,7 @@ impl App {
             journal: self.bus.journal_blocked(),
             probe: self.source.status(),
             units: self.supervisor.status(),
+            snapshots: self.snapshots.all(),
             faults: self.faults.list(),
         }
     }

@@ -21,6 +21,7 @@ use nix::fcntl::{Flock, FlockArg};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
+    sync::broadcast::error::RecvError,
 };
 
 use crate::{
@@ -34,8 +35,18 @@ use crate::{
     },
     inject::Faults,
     probe::{ProbeOptions, Slot, Source},
-    snapshot::{self, criu::unit, files::Selection, store::Settings},
-    unit::manager::{Report, Systemd},
+    snapshot::{
+        self,
+        criu::unit,
+        files::Selection,
+        schedule::{self, Board},
+        scratch::Places,
+        store::Settings,
+    },
+    unit::{
+        alias,
+        manager::{Report, Systemd},
+    },
 };
 
 /// How often lost events are looked for; they are counted in the kernel, which does not announce them.
@@ -139,7 +150,14 @@ async fn serve(config: Config) -> Result<()> {
             }
         }
     });
-    tokio::spawn(watch_files(config.clone(), Arc::clone(&supervisor), systemd.clone(), Arc::clone(&bus)));
+    let board = Arc::new(Board::default());
+    tokio::spawn(keep_snapshots(
+        config.clone(),
+        Arc::clone(&supervisor),
+        systemd.clone(),
+        Arc::clone(&bus),
+        Arc::clone(&board),
+    ));
     for (slot, check) in checks.into_iter().enumerate() {
         if let Some(check) = check {
             tokio::spawn(health::watch(Arc::clone(&supervisor), Arc::clone(&bus), Slot(slot as u32), check));
@@ -167,6 +185,7 @@ async fn serve(config: Config) -> Result<()> {
         systemd,
         faults: Arc::clone(&faults),
         source,
+        snapshots: board,
         started,
     });
     faults.recover_left_over();
@@ -239,14 +258,24 @@ async fn finish(bus: &Bus, writer: JoinHandle<()>, written: &AtomicU64, limit: D
     }
 }
 
-/// Begins the watch over the files of all workloads that have any, when it is known how systemd calls the units.
-async fn watch_files(config: Config, supervisor: Arc<Supervisor>, systemd: Systemd, bus: Arc<Bus>) {
-    let guarded = |workload: &&config::Workload| {
-        !workload.files.is_empty() && workload.on_change == config::OnChange::Heal
-    };
-    let workloads: Vec<_> = config.workloads.iter().filter(guarded).collect();
-    if workloads.is_empty() {
+/// Begins what is done with snapshots: the watch over the files of all workloads that have any, and the schedules;
+/// when it is known how systemd calls the units.
+async fn keep_snapshots(
+    config: Config,
+    supervisor: Arc<Supervisor>,
+    systemd: Systemd,
+    bus: Arc<Bus>,
+    board: Arc<Board>,
+) {
+    let any = |workload: &config::Workload| !workload.files.is_empty() || workload.snapshot.is_some();
+    if !config.workloads.iter().any(any) {
         return;
+    }
+    let places = Places::of_daemon(&config);
+    {
+        // Of an ftd that was killed in the middle of a snapshot.
+        let places = places.clone();
+        tokio::task::spawn_blocking(move || places.sweep());
     }
     systemd.looked().await;
     let trouble = |what: &str, error: String| {
@@ -260,9 +289,11 @@ async fn watch_files(config: Config, supervisor: Arc<Supervisor>, systemd: Syste
         Ok(Err(error)) => return trouble("opening the snapshots", error.to_string()),
         Err(error) => return trouble("opening the snapshots", error.to_string()),
     };
+    tokio::spawn(follow_files(config.clone(), Arc::clone(&bus), store.clone(), Arc::clone(&board)));
     let status = supervisor.status();
-    for workload in workloads {
+    for workload in config.workloads.iter().filter(|workload| any(workload)) {
         let name = workload.name.as_ref();
+        refresh(&config, &board, &store, name).await;
         let files = workload.files.iter().map(|file| file.as_ref().as_str());
         let selection = match Selection::parse(files) {
             Ok(selection) => selection,
@@ -273,19 +304,98 @@ async fn watch_files(config: Config, supervisor: Arc<Supervisor>, systemd: Syste
         };
         let ours: Vec<_> = status.iter().filter(|unit| unit.workload == *name).collect();
         let units: Vec<_> = ours.iter().map(|unit| unit.unit.clone()).collect();
-        let held = ours.iter().filter(|unit| unit.held.is_some()).map(|unit| unit.unit.clone()).collect();
-        let words = |text: &str| text.split_whitespace().map(str::to_owned).collect();
-        let check = workload.check.as_ref().map(|check| words(check.as_ref()));
-        let watch = files::Watch {
-            workload: name.clone(),
-            check: check.or_else(|| files::own_checker(units.first()?)),
-            units,
-            selection,
-            settings: config.snapshot.clone(),
-            node: config.node_name(),
+        let watched = !workload.files.is_empty() && workload.on_change == config::OnChange::Heal;
+        if watched {
+            let held = ours.iter().filter(|unit| unit.held.is_some()).map(|unit| unit.unit.clone()).collect();
+            let words = |text: &str| text.split_whitespace().map(str::to_owned).collect();
+            let check = workload.check.as_ref().map(|check| words(check.as_ref()));
+            let watch = files::Watch {
+                workload: name.clone(),
+                check: check.or_else(|| files::own_checker(units.first()?)),
+                units: units.clone(),
+                selection: selection.clone(),
+                settings: config.snapshot.clone(),
+                node: config.node_name(),
+            };
+            let hands =
+                files::Hands { bus: Arc::clone(&bus), systemd: systemd.clone(), store: store.clone() };
+            tokio::spawn(files::run(watch, hands, held));
+        }
+        let schedule = workload.snapshot.clone().unwrap_or_default();
+        if let Some(every) = schedule.every {
+            let scheduled = schedule::driver::Scheduled {
+                workload: name.clone(),
+                units,
+                files: (!workload.files.is_empty()).then_some(selection),
+                watched,
+                every,
+                process: schedule.process,
+                keep: schedule.keep.unwrap_or(config.snapshot.keep),
+                settings: config.snapshot.clone(),
+                node: config.node_name(),
+                boot_id: saved::boot_id(),
+                state_dir: config.node.state_dir.clone(),
+                places: places.clone(),
+            };
+            let (supervisor, runs) = (Arc::clone(&supervisor), supervisor.runs());
+            let hands = schedule::driver::Hands {
+                bus: Arc::clone(&bus),
+                systemd: systemd.clone(),
+                store: store.clone(),
+                board: Arc::clone(&board),
+                serving: Arc::new(move |workload: &str| supervisor.serving(workload)),
+                runs,
+            };
+            tokio::spawn(schedule::driver::run(scheduled, hands));
+        }
+    }
+}
+
+/// Has the board say what the store holds of a workload.
+async fn refresh(config: &Config, board: &Arc<Board>, store: &snapshot::store::Store, workload: &str) {
+    let of_this = |one: &&config::Workload| one.name.as_ref() == workload;
+    let schedule = config.workloads.iter().find(of_this).and_then(|one| one.snapshot.as_ref());
+    let kind = schedule.filter(|schedule| schedule.process).map(|_| snapshot::store::Kind::Process);
+    let (board, store, workload) = (Arc::clone(board), store.clone(), workload.to_owned());
+    let done = tokio::task::spawn_blocking(move || board.refresh(&store, &workload, kind)).await;
+    if let Err(error) = done {
+        tracing::warn!(%error, "how snapshots stand is not known");
+    }
+}
+
+/// Keeps the board right about what is taken when files change, or by hand.
+async fn follow_files(config: Config, bus: Arc<Bus>, store: snapshot::store::Store, board: Arc<Board>) {
+    let mut follower = bus.follow();
+    let of_unit = |unit: &str| {
+        let has = |workload: &&config::Workload| {
+            let names = workload.units.iter().map(|name| config::unit_name(name.as_ref()));
+            names.into_iter().any(|name| name == unit || alias::others(&name).any(|other| other == unit))
         };
-        let hands = files::Hands { bus: Arc::clone(&bus), systemd: systemd.clone(), store: store.clone() };
-        tokio::spawn(files::run(watch, hands, held));
+        Some(config.workloads.iter().find(has)?.name.as_ref().clone())
+    };
+    loop {
+        let stale: Vec<String> = match follower.recv().await {
+            Ok(event) => match (&event.kind, &event.unit) {
+                (Kind::FilesGood { .. } | Kind::FilesPutBack { .. }, Some(unit)) => {
+                    of_unit(unit).into_iter().collect()
+                }
+                // Taken by hand: those of the schedule are on the board before they are told.
+                (Kind::SnapshotTaken { workload, generation, .. }, _)
+                    if !board.all().iter().any(|one| {
+                        one.workload == *workload
+                            && one.newest.as_ref().is_some_and(|newest| newest.generation >= *generation)
+                    }) =>
+                {
+                    vec![workload.clone()]
+                }
+                _ => continue,
+            },
+            Err(RecvError::Lagged(_)) => board.all().into_iter().map(|status| status.workload).collect(),
+            Err(RecvError::Closed) => return,
+        };
+        for workload in stale {
+            refresh(&config, &board, &store, &workload).await;
+        }
     }
 }
 

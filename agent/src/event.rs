@@ -330,6 +330,61 @@ pub enum Kind {
         /// Why not.
         error: String,
     },
+    /// A snapshot of a workload is there.
+    SnapshotTaken {
+        /// The workload.
+        workload: String,
+        /// The generation.
+        generation: u64,
+        /// `files` or `process`.
+        kind: String,
+        /// How long its processes stood still, all together, microseconds.
+        frozen_us: u64,
+        /// From the beginning until it was durable, milliseconds.
+        took_ms: u64,
+        /// Bytes of all that it holds.
+        bytes: u64,
+        /// Of these, in chunks that the store did not have.
+        new_bytes: u64,
+        /// Bytes that were written for those.
+        stored_bytes: u64,
+    },
+    /// Snapshots that were due were not taken, because one before them was not done. Told once at the beginning of a
+    /// run of such, and once at its end if there were more.
+    SnapshotSkipped {
+        /// The workload.
+        workload: String,
+        /// How many, since it was last told.
+        count: u64,
+        /// Why.
+        why: String,
+    },
+    /// A snapshot that was due could not be taken.
+    SnapshotFailed {
+        /// The workload.
+        workload: String,
+        /// What could not be taken.
+        thing: String,
+        /// Why.
+        cause: String,
+        /// What a person can do.
+        mend: String,
+        /// When it is tried again, milliseconds from now.
+        again_ms: u64,
+    },
+    /// A workload is what it was in a snapshot.
+    Restored {
+        /// The workload.
+        workload: String,
+        /// The generation.
+        generation: u64,
+        /// How many files were not as they should be.
+        files: usize,
+        /// The units whose processes were restored.
+        units: Vec<String>,
+        /// From the beginning to the end, milliseconds.
+        took_ms: u64,
+    },
     /// A fault is injected now. Opens an operation.
     FaultInjected {
         /// Its id, for `ftctl inject recover`.

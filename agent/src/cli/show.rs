@@ -2,6 +2,7 @@
 
 use std::io::{IsTerminal as _, Write as _};
 
+use bytesize::ByteSize;
 use comfy_table::{Table, presets};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
@@ -9,7 +10,7 @@ use serde_json::Value;
 use super::client::Failure;
 use crate::{
     control::{
-        Status,
+        SnapshotStatus, Status,
         doctor::{Finding, Grade},
     },
     event::{Decision, Event, Healer, Kind, Process},
@@ -115,6 +116,10 @@ fn took(ms: u64) -> String {
     if ms < 10_000 { format!("{ms} ms") } else { seconds(ms / 1000) }
 }
 
+fn micros(us: u64) -> String {
+    if us < 1000 { format!("{us} us") } else { format!("{:.1} ms", us as f64 / 1000.0) }
+}
+
 pub(super) fn status(status: &Status) -> Result<(), Failure> {
     let status = &all_plain(status)?;
     let probe = match &status.probe.cause {
@@ -139,6 +144,10 @@ pub(super) fn status(status: &Status) -> Result<(), Failure> {
     } else {
         line(&rows.trim_fmt());
     }
+    if !status.snapshots.is_empty() {
+        line("");
+        line(&snapshots(&status.snapshots).trim_fmt());
+    }
     if !status.faults.is_empty() {
         line("");
         faults(&status.faults)?;
@@ -150,6 +159,41 @@ pub(super) fn status(status: &Status) -> Result<(), Failure> {
         line(&paint(&format!("lost: {count} events ({place})"), Colour::Yellow));
     }
     Ok(())
+}
+
+fn snapshots(all: &[SnapshotStatus]) -> Table {
+    let header =
+        ["WORKLOAD", "SNAPSHOT", "KIND", "TAKEN", "FROZEN", "TOOK", "BYTES", "NEW", "LAST GOOD", "STATE"];
+    let mut rows = table(&header);
+    let ago = |time: jiff::Timestamp| {
+        let age = jiff::Timestamp::now().duration_since(time).as_secs();
+        format!("{} ago", seconds(u64::try_from(age).unwrap_or(0)))
+    };
+    for status in all {
+        let state = match (&status.failure, &status.waits, status.every_ms) {
+            (Some(cause), ..) => paint(&format!("failing: {cause}"), Colour::Red),
+            (None, Some(why), _) => paint(&format!("waits: {why}"), Colour::Yellow),
+            (None, None, Some(_)) if status.running => "being taken".to_owned(),
+            (None, None, Some(every)) => format!("every {}", took(every)),
+            (None, None, None) => String::new(),
+        };
+        let good = status.good.as_ref();
+        let good = good.map_or_else(|| "-".into(), |good| format!("{}, {}", good.generation, ago(good.time)));
+        let row = match &status.newest {
+            Some(newest) => [
+                newest.generation.to_string(),
+                newest.kind.clone(),
+                ago(newest.time),
+                if newest.frozen_us > 0 { micros(newest.frozen_us) } else { "-".into() },
+                took(newest.took_ms),
+                ByteSize::b(newest.bytes).to_string(),
+                ByteSize::b(newest.new_bytes).to_string(),
+            ],
+            None => ["-"; 7].map(str::to_owned),
+        };
+        rows.add_row([status.workload.clone()].into_iter().chain(row).chain([good, state]));
+    }
+    rows
 }
 
 fn row(unit: &UnitStatus) -> [String; 8] {
@@ -428,6 +472,31 @@ fn describe(kind: &Kind) -> (String, Option<Colour>) {
             (format!("generation {generation} of the files is good"), Some(Green))
         }
         Kind::FilesTrouble { what, error } => (format!("{what}: {}", plain(error)), Some(Red)),
+        Kind::SnapshotTaken { generation, kind, frozen_us, took_ms, bytes, new_bytes, .. } => {
+            let frozen =
+                if *frozen_us > 0 { format!(", frozen for {}", micros(*frozen_us)) } else { String::new() };
+            let (bytes, new) = (ByteSize::b(*bytes), ByteSize::b(*new_bytes));
+            (
+                format!("snapshot {generation} ({kind}) in {}{frozen}: {bytes}, {new} new", took(*took_ms)),
+                None,
+            )
+        }
+        Kind::SnapshotSkipped { count, why, .. } => {
+            (format!("{count} snapshots skipped: {why}"), Some(Yellow))
+        }
+        Kind::SnapshotFailed { thing, cause, mend, again_ms, .. } => {
+            let text = format!("no snapshot of {thing}: {cause}; tried again in {}", took(*again_ms));
+            (format!("{text}{}", mend_line(mend)), Some(Red))
+        }
+        Kind::Restored { workload, generation, files, units, took_ms } => {
+            let processes =
+                if units.is_empty() { String::new() } else { format!(", processes of {}", units.join(", ")) };
+            let took = took(*took_ms);
+            (
+                format!("RESTORED {workload} from snapshot {generation} in {took}: {files} files{processes}"),
+                Some(Green),
+            )
+        }
         Kind::FaultInjected { id, detail, .. } => (format!("FAULT {id}: {detail}"), Some(Yellow)),
         Kind::FaultUndone { id, why } => (format!("fault {id} is over ({why})"), None),
         Kind::FaultTrouble { id, error } => (format!("fault {id}: {error}"), Some(Red)),

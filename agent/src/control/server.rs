@@ -188,6 +188,7 @@ fn whole() -> Router<Arc<App>> {
         .route("/v1/release", post(release))
         .route("/v1/inject", post(inject))
         .route("/v1/recover", post(recover))
+        .route("/v1/snapshots", post(told_of_snapshot))
 }
 
 impl IntoResponse for Refusal {
@@ -308,6 +309,24 @@ async fn recover(
     let Recover { id } = parse(body)?;
     let ended = app.faults.recover(id.as_deref()).map_err(|error| refuse_fault(&error))?;
     Ok(Json(serde_json::json!({ "ended": ended })))
+}
+
+/// What a command has done with snapshots, by itself, becomes known to all.
+async fn told_of_snapshot(
+    State(app): State<Arc<App>>,
+    body: Body_<Kind>,
+) -> Result<Json<serde_json::Value>, Refusal> {
+    let kind = parse(body)?;
+    let (Kind::SnapshotTaken { workload, .. } | Kind::Restored { workload, .. }) = &kind else {
+        return Err(refuse("that is no event of a snapshot", "ftctl and ftd are of different versions?"));
+    };
+    let units = app.supervisor.status();
+    let first = units.iter().find(|unit| unit.workload == *workload);
+    let first = first.ok_or_else(|| {
+        refuse(format!("there is no workload {workload}"), "restart ftd if the configuration has changed")
+    })?;
+    app.bus.emit(Some(&first.unit), None, kind);
+    Ok(Json(serde_json::json!({})))
 }
 
 async fn events(State(app): State<Arc<App>>, Query(query): Query<EventsQuery>) -> Result<Response, Refusal> {

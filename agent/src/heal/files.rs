@@ -277,7 +277,8 @@ impl Task {
 impl Hands {
     async fn last_good(&self, workload: &str) -> Result<Option<u64>, String> {
         let (store, workload) = (self.store.clone(), workload.to_owned());
-        let good = tokio::task::spawn_blocking(move || store.last_good(&workload)).await;
+        let good =
+            tokio::task::spawn_blocking(move || store.last_good_of(&workload, store::Kind::Files)).await;
         let good = good.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
         Ok(good.map(|generation| generation.number))
     }
@@ -336,7 +337,8 @@ fn about(watch: &Watch) -> About {
 
 fn store_files(watch: &Watch, store: &Store) -> Result<u64, String> {
     let (generation, _) = take(store, about(watch), &watch.selection).map_err(|error| error.to_string())?;
-    let retention = Retention { count: Some(watch.settings.keep), ..Retention::default() };
+    let kind = Some(store::Kind::Files);
+    let retention = Retention { count: Some(watch.settings.keep), kind, ..Retention::default() };
     if let Err(error) = store.retain(&watch.workload, &retention, jiff::Timestamp::now()) {
         tracing::warn!(%error, "old snapshots are not let go");
     }

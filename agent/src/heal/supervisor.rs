@@ -17,6 +17,7 @@ use crate::{
     config::UnitConfig,
     event::{Cause, Kind, OpId, bus::Bus},
     probe::{BootNs, ProbeEvent, Slot},
+    snapshot::schedule::driver::Serving,
     unit::UnitView,
 };
 
@@ -363,6 +364,11 @@ impl Supervisor {
         }
     }
 
+    /// A number that changes whenever a unit is up in another run; changes are announced.
+    pub fn runs(&self) -> watch::Receiver<u64> {
+        self.runs.subscribe()
+    }
+
     /// Waits until a unit is up in another run than the one with this [`UnitView::active_enter`].
     pub async fn another_run(&self, slot: Slot, old: u64) {
         let mut runs = self.runs.subscribe();
@@ -420,6 +426,27 @@ impl Supervisor {
         let state = self.state();
         let machine = &state.units.get(slot.0 as usize)?.machine;
         Some((machine.view().clone(), machine.phase(), machine.held().is_some()))
+    }
+
+    /// Since when all units of a workload serve, as far as is known; or which one does not, and why.
+    pub fn serving(&self, workload: &str) -> Result<Serving, String> {
+        let state = self.state();
+        let (mut since, mut proven) = (BootNs(0), true);
+        for unit in state.units.iter().filter(|unit| unit.config.workload == workload) {
+            let (id, machine) = (&unit.id, &unit.machine);
+            if machine.held().is_some() {
+                return Err(format!("{id} is held"));
+            }
+            match (machine.phase(), machine.outage()) {
+                (Phase::Up, None) => {}
+                (Phase::Up, Some(cause)) => return Err(format!("{id} is up and does not serve ({cause:?})")),
+                (phase, _) => return Err(format!("{id} is {}", format!("{phase:?}").to_lowercase())),
+            }
+            let (failures, once) = machine.health();
+            proven &= unit.config.health.is_none() || once && failures == 0;
+            since = since.max(machine.phase_since());
+        }
+        Ok(Serving { since, lasting: boot_now().since(since), proven })
     }
 
     /// All units, in the order of the configuration.

@@ -279,6 +279,12 @@ impl Store {
         Ok(self.generations(workload)?.into_iter().rfind(|generation| generation.good))
     }
 
+    /// The newest good generation of a kind, likewise.
+    pub fn last_good_of(&self, workload: &str, kind: Kind) -> Result<Option<Generation>> {
+        let of_kind = |generation: &Generation| generation.good && generation.about.kind == kind;
+        Ok(self.generations(workload)?.into_iter().rfind(of_kind))
+    }
+
     /// Bytes that the store takes on disk.
     pub fn used(&self) -> Result<u64> {
         let mut dirs = vec![self.new_dir(), self.packs_dir()];

@@ -16,7 +16,7 @@ use super::{
     Store,
     error::{Error, Result},
     index::{self, Index},
-    manifest::{Id, Manifest},
+    manifest::{Id, Kind, Manifest},
     number_of,
     pack::{Pack, Slot},
     packing::{Packing, Quota},
@@ -26,7 +26,7 @@ use super::{
 const MANY: usize = 32;
 const SMALL: u64 = 1 << 20;
 
-/// What is kept of a workload's generations. Whatever it says: the newest, and the last good one.
+/// What is kept of a workload's generations. Whatever it says: the newest, and the last good one of each kind.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Retention {
     /// So many, the newest ones.
@@ -35,6 +35,8 @@ pub struct Retention {
     pub age: Option<Duration>,
     /// As many, from the newest back, as take no more than these bytes on disk together.
     pub bytes: Option<u64>,
+    /// Only generations of this kind are looked at, and let go.
+    pub kind: Option<Kind>,
 }
 
 /// What was let go.
@@ -52,6 +54,7 @@ struct Candidate {
     number: u64,
     time: jiff::Timestamp,
     good: bool,
+    kind: Kind,
 }
 
 impl Retention {
@@ -63,7 +66,8 @@ impl Retention {
         now: jiff::Timestamp,
         mut added: impl FnMut(u64) -> u64,
     ) -> HashSet<u64> {
-        let always = [all.last(), all.iter().rfind(|candidate| candidate.good)];
+        let last_good = |kind| all.iter().rfind(|candidate| candidate.good && candidate.kind == kind);
+        let always = [all.last(), last_good(Kind::Files), last_good(Kind::Process)];
         let mut kept: HashSet<u64> = always.into_iter().flatten().map(|candidate| candidate.number).collect();
         let mut bytes: u64 = kept.iter().map(|number| added(*number)).sum();
         let young = |candidate: &Candidate| {
@@ -95,8 +99,13 @@ impl Store {
         let whole: HashMap<u64, &Manifest> =
             all.iter().filter_map(|(number, manifest)| Some((*number, manifest.as_ref().ok()?))).collect();
         let candidate = |(number, _): &(u64, _)| {
-            let time = whole.get(number)?.about.time;
-            Some(Candidate { number: *number, time, good: self.good_path(workload, *number).exists() })
+            let about = &whole.get(number)?.about;
+            let (time, kind) = (about.time, about.kind);
+            if retention.kind.is_some_and(|wanted| wanted != kind) {
+                return None;
+            }
+            let good = self.good_path(workload, *number).exists();
+            Some(Candidate { number: *number, time, good, kind })
         };
         let candidates: Vec<_> = all.iter().filter_map(candidate).collect();
         let index = if retention.bytes.is_some() { self.refresh()? } else { Arc::default() };
@@ -109,8 +118,13 @@ impl Store {
         // A damaged one is of no use, but tells what has happened, as long as there are others of its age. The newest
         // stays, so that its number is not given again.
         let Some(oldest) = kept.iter().min() else { return Ok(Vec::new()) };
+        let looked_at: HashSet<u64> = candidates.iter().map(|one| one.number).collect();
         let goes = |number: &u64| {
-            if whole.contains_key(number) { !kept.contains(number) } else { number < oldest }
+            if whole.contains_key(number) {
+                looked_at.contains(number) && !kept.contains(number)
+            } else {
+                number < oldest
+            }
         };
         let gone: Vec<_> = all.iter().map(|(number, _)| *number).filter(goes).collect();
         for number in &gone {
@@ -264,7 +278,12 @@ mod tests {
         let time = |second| jiff::Timestamp::from_second(second).unwrap();
         (1..)
             .zip(goods)
-            .map(|(number, good)| Candidate { number, time: time(number.cast_signed()), good: *good })
+            .map(|(number, good)| Candidate {
+                number,
+                time: time(number.cast_signed()),
+                good: *good,
+                kind: Kind::Files,
+            })
             .collect()
     }
 
@@ -295,13 +314,24 @@ mod tests {
         assert_eq!(kept(Retention { age: Some(Duration::ZERO), ..all }, &goods, 10), [2, 5]);
     }
 
+    #[test]
+    fn the_last_good_one_of_each_kind_is_kept() {
+        let mut all = candidates(&[true, true, false, true, false]);
+        all[1].kind = Kind::Process;
+        all[4].kind = Kind::Process;
+        let one = Retention { count: Some(1), ..Retention::default() };
+        let mut kept: Vec<_> = one.kept(&all, all[4].time, |_| 1).into_iter().collect();
+        kept.sort_unstable();
+        assert_eq!(kept, [2, 4, 5]);
+    }
+
     proptest! {
         #[test]
         fn the_newest_and_the_last_good_one_are_always_kept(
             goods in prop::collection::vec(any::<bool>(), 1..20),
             count in prop::option::of(0usize..10), age in prop::option::of(0u64..20), bytes in prop::option::of(0u64..99),
         ) {
-            let retention = Retention { count, age: age.map(Duration::from_secs), bytes };
+            let retention = Retention { count, age: age.map(Duration::from_secs), bytes, kind: None };
             let kept = kept(retention, &goods, 10);
             prop_assert!(kept.contains(&(goods.len() as u64)));
             if let Some(good) = goods.iter().rposition(|good| *good) {

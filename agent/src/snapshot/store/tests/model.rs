@@ -112,7 +112,7 @@ fn run(ops: &[Op]) {
             }
             Op::Sweep(count, bytes) => {
                 let kept = ["w0", "w1"].map(|w| (w, model.last_good(w), model.of(w).pop()));
-                let retention = Retention { count: *count, bytes: *bytes, age: None };
+                let retention = Retention { count: *count, bytes: *bytes, age: None, kind: None };
                 for gone in store.sweep(&retention, jiff::Timestamp::UNIX_EPOCH).unwrap().generations {
                     assert!(model.generations.remove(&gone).is_some());
                 }
