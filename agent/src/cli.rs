@@ -98,23 +98,30 @@ Examples:
   ftctl inject list                      faults that have not ended
   ftctl inject recover                   undo them now")]
     Inject(InjectArgs),
-    /// Keep the files of workloads, generation by generation.
+    /// Keep workloads, generation by generation: their files, and their processes.
     #[command(after_help = "\
-Which files belong to a workload says files = [...] in the configuration. As root; ftd need not run.
+Which files belong to a workload says files = [...] in the configuration; whether its processes are saved
+too, by CRIU, says snapshot = { process = true }. As root; ftd need not run.
 
 Examples:
   ftctl snapshot take web --good            the files as they are are good ones
+  ftctl snapshot take web --process         with all that its processes have in memory
+  ftctl snapshot take web --stop            the same, and stop it: ftctl restore web lets it go on
   ftctl snapshot list
   ftctl snapshot diff web                   what has changed since the last good one; exit code 4 if anything
   ftctl restore web --dry-run               what it would take to have that back
   ftctl snapshot export web --generation 3 /root/web-3.ftd")]
     Snapshot(SnapshotArgs),
-    /// Put the files of a workload back as they were.
+    /// Have a workload back as it was in a snapshot: its files and, where the snapshot has them, its processes.
     #[command(after_help = "\
 Each file is, at any moment, the old or the new one, whole. What is there besides is left alone.
+Processes come back with all that they had in memory, as the systemd unit that they were. A unit that runs
+is refused, unless --stop ends what runs now. All that is in the way is said before anything is touched.
 
 Examples:
   ftctl restore nginx                       from the last good snapshot
+  ftctl restore nginx --stop                what runs now is given up for it
+  ftctl restore nginx --files-only          processes are left as they are
   ftctl restore nginx --generation 3 --exact
   ftctl restore nginx --dry-run")]
     Restore(RestoreCommand),
@@ -349,8 +356,12 @@ impl Cli {
                 if json { show::json(&answer)? } else { show::released(&answer) }
             }
             Command::Inject(InjectArgs { what }) => inject(&client, what, json).await?,
-            Command::Snapshot(args) => return snapshot::snapshot(args.what, &args.at.config, json),
-            Command::Restore(args) => return snapshot::restore(&args.args, &args.at.config, json),
+            Command::Snapshot(args) => {
+                return snapshot::snapshot(&client, args.what, &args.at.config, json).await;
+            }
+            Command::Restore(args) => {
+                return snapshot::restore(&client, &args.args, &args.at.config, json).await;
+            }
             Command::Check { unit } => {
                 let report: Report =
                     client.get(&format!("/v1/check?unit={}", client::percent(&unit))).await?;

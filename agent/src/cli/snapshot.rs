@@ -1,7 +1,8 @@
-//! `ftctl snapshot` and `ftctl restore`: the files of workloads, kept in the store and put back.
+//! `ftctl snapshot` and `ftctl restore`: workloads kept in the store, and put back: their files, and their processes.
 //!
-//! They work on the store itself, as root, and not through the daemon: what is put back when things are at their
-//! worst must not need a running ftd, nor its sandbox opened. The store takes one writer at a time, whoever it is.
+//! They work on the store, CRIU and systemd themselves, as root, and not through the daemon: what is put back when
+//! things are at their worst must not need a running ftd, nor its sandbox opened. The store takes one writer at a time,
+//! whoever it is. A running ftd is asked to keep its hands off the units meanwhile ([`holds`]), and told what was done.
 
 use std::{
     fs::File,
@@ -15,9 +16,14 @@ use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use super::{NOT_WELL, client::Failure, show};
+use super::{
+    NOT_WELL,
+    client::{Client, Failure},
+    show,
+};
 use crate::{
     config::{self, Config, Workload, unit_name},
+    event,
     heal::saved::boot_id,
     snapshot::{
         files::{Contents as _, Difference, Entry, Plan, Selection, compare, diff, look},
@@ -26,6 +32,9 @@ use crate::{
     },
 };
 
+mod holds;
+mod processes;
+
 /// Lines of a file's difference that are shown.
 const DIFF_LINES: usize = 60;
 /// A file of which more than this is different is not read to be shown.
@@ -33,14 +42,8 @@ const DIFF_BYTES: u64 = 1 << 20;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum SnapshotCommand {
-    /// Take a snapshot of a workload's files.
-    Take {
-        /// The workload, or one of its units.
-        workload: String,
-        /// It serves well with these files: mark the snapshot good.
-        #[arg(long)]
-        good: bool,
-    },
+    /// Take a snapshot of a workload.
+    Take(TakeArgs),
     /// List what there is.
     List {
         /// Only of this workload.
@@ -71,6 +74,24 @@ pub(super) enum SnapshotCommand {
 }
 
 #[derive(Debug, Args)]
+pub(super) struct TakeArgs {
+    /// The workload, or one of its units.
+    workload: String,
+    /// It serves well as it is: mark the snapshot good.
+    #[arg(long)]
+    good: bool,
+    /// With the memory of its processes [default: as `snapshot = { process = ... }` of the workload says].
+    #[arg(long, conflicts_with = "files_only")]
+    process: bool,
+    /// Its files alone.
+    #[arg(long)]
+    files_only: bool,
+    /// Stop the units by it: they end when the snapshot is there, and not before. Implies --process.
+    #[arg(long, conflicts_with = "files_only")]
+    stop: bool,
+}
+
+#[derive(Debug, Args)]
 pub(super) struct Which {
     /// The workload, or one of its units.
     workload: String,
@@ -86,9 +107,18 @@ pub(super) struct RestoreArgs {
     /// Remove files that are not in the snapshot.
     #[arg(long)]
     exact: bool,
-    /// Only say what would be done.
+    /// Only say what would be done, and all that is in the way of it.
     #[arg(long)]
     dry_run: bool,
+    /// Only the files: processes go on, or stay down.
+    #[arg(long, conflicts_with_all = ["processes", "stop"])]
+    files_only: bool,
+    /// The processes too, or nothing; without a number, from the last good snapshot that has them.
+    #[arg(long)]
+    processes: bool,
+    /// Stop units that run. What they hold in memory now is lost.
+    #[arg(long)]
+    stop: bool,
 }
 
 /// The configuration and the store.
@@ -149,19 +179,32 @@ impl Place {
         if let Some(number) = which.generation {
             return Ok((name, number));
         }
-        let good = self.store.last_good(&name).map_err(local)?.map(|generation| generation.number);
-        let newest = || {
-            let all = self.store.generations(&name).map_err(local)?;
-            all.last().map(|generation| generation.number).ok_or_else(|| {
-                local(format!("there is no snapshot of {name}\n  mend: ftctl snapshot take {name}"))
-            })
-        };
-        let number = good.map_or_else(newest, Ok)?;
+        let number = self.newest(&name, None)?;
         Ok((name, number))
+    }
+
+    /// The last good snapshot, or the newest where none is good; of this kind, if one is given.
+    fn newest(&self, name: &str, kind: Option<Kind>) -> Result<u64, Failure> {
+        let all = self.store.generations(name).map_err(local)?;
+        let mut all = all.iter().filter(|one| kind.is_none_or(|kind| kind == one.about.kind));
+        let newest = all.clone().next_back();
+        let found = all.rfind(|one| one.good).or(newest).map(|one| one.number);
+        found.ok_or_else(|| {
+            let (what, how) = match kind {
+                Some(Kind::Process) => (" that has its processes", " --process"),
+                _ => ("", ""),
+            };
+            local(format!("there is no snapshot of {name}{what}\n  mend: ftctl snapshot take {name}{how}"))
+        })
     }
 
     fn files(&self, which: &Which) -> Result<(String, u64, Files), Failure> {
         let (name, number) = self.which(which)?;
+        if !Files::any(&self.store, &name, number).map_err(local)? {
+            return Err(local(format!(
+                "snapshot {number} of {name} holds processes alone\n  mend: choose another one, see ftctl snapshot list"
+            )));
+        }
         let files = Files::open(&self.store, &name, number).map_err(local)?;
         Ok((name, number, files))
     }
@@ -190,7 +233,7 @@ fn value(workload: &str, generation: &Generation) -> serde_json::Value {
         "generation": generation.number,
         "time": generation.about.time,
         "node": generation.about.node,
-        "kind": match generation.about.kind { Kind::Files => "files", Kind::Process => "process" },
+        "kind": kind_name(generation.about.kind),
         "good": generation.good,
         "origin": generation.origin,
         "bytes": generation.stats.total,
@@ -199,10 +242,15 @@ fn value(workload: &str, generation: &Generation) -> serde_json::Value {
     })
 }
 
-pub(super) fn snapshot(command: SnapshotCommand, config: &Path, json: bool) -> Result<ExitCode, Failure> {
+pub(super) async fn snapshot(
+    client: &Client,
+    command: SnapshotCommand,
+    config: &Path,
+    json: bool,
+) -> Result<ExitCode, Failure> {
     let place = Place::open(config)?;
     match command {
-        SnapshotCommand::Take { workload, good } => take_one(&place, &workload, good, json)?,
+        SnapshotCommand::Take(args) => take_one(&place, client, &args, json).await?,
         SnapshotCommand::List { workload } => list(&place, workload.as_deref(), json)?,
         SnapshotCommand::Show(which) => contents(&place, &which, json)?,
         SnapshotCommand::Diff(which) => return differences(&place, &which, json),
@@ -234,10 +282,16 @@ pub(super) fn snapshot(command: SnapshotCommand, config: &Path, json: bool) -> R
             })?;
         }
         SnapshotCommand::Gc => {
-            let retention = Retention { count: Some(place.config.snapshot.keep), ..Retention::default() };
-            let freed = place.store.sweep(&retention, jiff::Timestamp::now()).map_err(local)?;
-            tell(json, &json!({ "generations": freed.generations, "bytes": freed.bytes }), || {
-                format!("{} snapshots gone, {} free again", freed.generations.len(), ByteSize::b(freed.bytes))
+            let (mut generations, mut bytes) = (Vec::new(), 0);
+            for kind in [Kind::Files, Kind::Process] {
+                let count = Some(place.config.snapshot.keep);
+                let retention = Retention { count, kind: Some(kind), ..Retention::default() };
+                let freed = place.store.sweep(&retention, jiff::Timestamp::now()).map_err(local)?;
+                generations.extend(freed.generations);
+                bytes += freed.bytes;
+            }
+            tell(json, &json!({ "generations": generations, "bytes": bytes }), || {
+                format!("{} snapshots gone, {} free again", generations.len(), ByteSize::b(bytes))
             })?;
         }
     }
@@ -252,42 +306,82 @@ fn tell(json: bool, value: &serde_json::Value, text: impl FnOnce() -> String) ->
     Ok(())
 }
 
-fn take_one(place: &Place, name: &str, good: bool, json: bool) -> Result<(), Failure> {
-    let workload = place.workload(name)?;
-    let name = workload.name.as_ref();
-    let about = About {
-        workload: name.clone(),
-        kind: Kind::Files,
+/// What is taken, and of what.
+fn about(place: &Place, workload: &Workload, kind: Kind) -> About {
+    About {
+        workload: workload.name.as_ref().clone(),
+        kind,
         node: place.config.node_name(),
         boot_id: boot_id(),
         time: jiff::Timestamp::now(),
+    }
+}
+
+async fn take_one(place: &Place, client: &Client, args: &TakeArgs, json: bool) -> Result<(), Failure> {
+    let workload = place.workload(&args.workload)?;
+    let by_itself = workload.snapshot.as_ref().is_some_and(|schedule| schedule.process);
+    let name = workload.name.as_ref();
+    let with_processes = args.process || args.stop || by_itself && !args.files_only;
+    let (mut generation, captured, frozen_us, took) = if with_processes {
+        let taken = processes::take(place, client, workload, args.stop, json).await?;
+        (taken.generation, taken.captured, taken.frozen_us, taken.took)
+    } else {
+        let (about, begun) = (about(place, workload, Kind::Files), std::time::Instant::now());
+        let (generation, captured) =
+            take(&place.store, about, &Place::selection(workload)?).map_err(local)?;
+        (generation, Some(captured), 0, begun.elapsed())
     };
-    let (mut generation, captured) =
-        take(&place.store, about, &Place::selection(workload)?).map_err(local)?;
-    if good {
+    if args.good {
         place.store.mark_good(name, generation.number).map_err(local)?;
         generation.good = true;
     }
+    let stats = generation.stats;
+    let told = event::Kind::SnapshotTaken {
+        workload: name.clone(),
+        generation: generation.number,
+        kind: kind_name(generation.about.kind).into(),
+        frozen_us,
+        took_ms: crate::control::millis(took),
+        bytes: stats.total,
+        new_bytes: stats.new,
+        stored_bytes: stats.stored,
+    };
+    holds::tell(client, &told).await;
     let mut all = value(name, &generation);
+    all["frozen_us"] = frozen_us.into();
+    all["took_ms"] = crate::control::millis(took).into();
+    let captured = captured.unwrap_or_default();
     all["files"] = captured.entries.len().into();
     all["unmatched"] = json!(captured.unmatched);
     all["skipped"] = json!(captured.skipped);
     tell(json, &all, || {
-        let stats = &generation.stats;
         let unmatched = captured.unmatched.iter().map(|pattern| format!("nothing there: {pattern}"));
         let skipped = captured.skipped.iter();
         let skipped = skipped.map(|one| format!("left out: {}: {}", one.path.display(), one.why));
         let notes: String =
             unmatched.chain(skipped).map(|note| format!("\n  {}", show::plain(&note))).collect();
+        let stopped = format!("\n  its units are stopped; to have them back: ftctl restore {name}");
+        let (good, stopped) = (if args.good { "; good" } else { "" }, if args.stop { &*stopped } else { "" });
         format!(
-            "snapshot {} of {name}: {} entries, {}, of which {} are new{}{notes}",
+            "snapshot {} of {name}: {} files{}, {}, of which {} are new{good}{notes}{stopped}",
             generation.number,
             captured.entries.len(),
+            match frozen_us {
+                _ if !with_processes => String::new(),
+                0 => " and its processes".to_owned(),
+                frozen => format!(" and its processes, which stood still for {frozen} us"),
+            },
             ByteSize::b(stats.total),
             ByteSize::b(stats.new),
-            if good { "; good" } else { "" }
         )
     })
+}
+
+fn kind_name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Files => "files",
+        Kind::Process => "process",
+    }
 }
 
 fn list(place: &Place, only: Option<&str>, json: bool) -> Result<(), Failure> {
@@ -306,11 +400,12 @@ fn list(place: &Place, only: Option<&str>, json: bool) -> Result<(), Failure> {
     if json {
         return show::json(&all.iter().map(|(name, one)| value(name, one)).collect::<Vec<_>>());
     }
-    let mut table = show::table(&["WORKLOAD", "NUMBER", "TAKEN", "ON", "BYTES", "STORED", "GOOD"]);
+    let mut table = show::table(&["WORKLOAD", "NUMBER", "KIND", "TAKEN", "ON", "BYTES", "STORED", "GOOD"]);
     for (name, generation) in &all {
         table.add_row([
             name.clone(),
             generation.number.to_string(),
+            kind_name(generation.about.kind).to_owned(),
             generation.about.time.strftime("%Y-%m-%d %H:%M:%S").to_string(),
             generation.about.node.clone(),
             ByteSize::b(generation.stats.total).to_string(),
@@ -426,16 +521,33 @@ fn export(store: &Store, workload: &str, number: u64, file: &Path) -> Result<u64
     written
 }
 
-pub(super) fn restore(args: &RestoreArgs, config: &Path, json: bool) -> Result<ExitCode, Failure> {
+pub(super) async fn restore(
+    client: &Client,
+    args: &RestoreArgs,
+    config: &Path,
+    json: bool,
+) -> Result<ExitCode, Failure> {
     let place = Place::open(config)?;
-    let (name, number, files) = place.files(&args.which)?;
-    let selection = if args.exact { Some(Place::selection(place.workload(&name)?)?) } else { None };
-    let plan = Plan::new(files.captured(), selection.as_ref()).map_err(local)?;
+    let (name, mut number) = place.which(&args.which)?;
+    if args.processes && args.which.generation.is_none() {
+        number = place.newest(&name, Some(Kind::Process))?;
+    }
+    let kind = place.store.manifest(&name, number).map_err(local)?.about.kind;
+    if args.processes || kind == Kind::Process && !args.files_only {
+        return processes::restore(&place, client, args, &name, number, json).await;
+    }
+    let begun = std::time::Instant::now();
+    let (name, number, files) = place.files(&Which { workload: name, generation: Some(number) })?;
+    let plan = plan(&place, args, &name, &files)?;
     let steps: Vec<_> = plan.steps().iter().map(ToString::to_string).collect();
     if !args.dry_run {
         let bar = bar(json);
         plan.apply(&files, &mut advance(&bar)).map_err(local)?;
         bar.finish_and_clear();
+        let took_ms = crate::control::millis(begun.elapsed());
+        let (workload, files) = (name.clone(), steps.len());
+        let told = event::Kind::Restored { workload, generation: number, files, units: Vec::new(), took_ms };
+        holds::tell(client, &told).await;
     }
     let done = json!({ "workload": name, "generation": number, "dry_run": args.dry_run, "steps": steps });
     tell(json, &done, || {
@@ -449,6 +561,12 @@ pub(super) fn restore(args: &RestoreArgs, config: &Path, json: bool) -> Result<E
         }
     })?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What it takes to have the files back.
+fn plan<'a>(place: &Place, args: &RestoreArgs, name: &str, files: &'a Files) -> Result<Plan<'a>, Failure> {
+    let selection = if args.exact { Some(Place::selection(place.workload(name)?)?) } else { None };
+    Plan::new(files.captured(), selection.as_ref()).map_err(local)
 }
 
 /// Where the configuration is.
