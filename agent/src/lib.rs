@@ -5,7 +5,7 @@
 //! ```text
 //! cli  control          people: ftctl, the API on a unix socket
 //! inject                what is broken on purpose
-//! heal                  decisions on this host
+//! heal  cluster         decisions on this host / between hosts
 //! snapshot              state -> bytes that outlive it, and back
 //! unit  probe           systemd over D-Bus / kernel -> events
 //! event  config         the words that everything above speaks
@@ -13,6 +13,7 @@
 #![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::expect_used))]
 
 pub mod cli;
+pub mod cluster;
 pub mod config;
 pub mod control;
 pub mod daemon;

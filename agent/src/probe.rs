@@ -23,6 +23,7 @@ use std::{fs, io, path::PathBuf, time::Duration};
 
 pub use bpf::Probe;
 pub use pidfd::{PidfdError, PidfdWatch};
+use serde::{Deserialize, Serialize};
 pub use source::{FILTER_FULL, RING_FULL, Source, UNREADABLE};
 
 use crate::event::{ExitStatus, Process};
@@ -32,7 +33,8 @@ use crate::event::{ExitStatus, Process};
 pub struct Slot(pub u32);
 
 /// Nanoseconds of `CLOCK_BOOTTIME`, the clock of everything that is measured in ftd.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(transparent)]
 pub struct BootNs(pub u64);
 
 impl BootNs {
