@@ -19,7 +19,7 @@ use crate::{
         client::{Client, Failure},
         show,
     },
-    config::{OnStop, Workload, unit_name},
+    config::{Workload, unit_name},
     event,
     snapshot::{
         criu::{
@@ -79,12 +79,15 @@ pub(super) async fn take(
     }
     if let Some(holds) = holds {
         match &taken {
-            // Else ftd would start it again.
-            Ok(taken) if workload.on_stop == OnStop::Restart => {
+            // Else ftd, which has seen its processes die, would start it again.
+            Ok(taken) => {
                 let number = taken.generation.number;
-                holds.keep(&format!("snapshot take --stop: stopped by snapshot {number}")).await?;
+                let why = format!("snapshot take --stop: stopped by snapshot {number}");
+                if let Err(failure) = holds.keep(&why).await {
+                    eprintln!("ftctl: it is stopped, but ftd may start it again: {failure}");
+                }
             }
-            _ => holds.release().await?,
+            Err(_) => holds.release().await?,
         }
     }
     taken
@@ -170,8 +173,9 @@ pub(super) async fn restore(
             forget_locks(&mut busy).await;
         }
         // Also where it failed: then ftd does what it is there for.
-        holds.release().await?;
-        restored.map(|restored| (Vec::new(), restored))
+        let released = holds.release().await;
+        let restored = restored?;
+        released.map(|()| (Vec::new(), restored))
     };
     let (blockers, restored) = Systemd::alone(work).await.map_err(local).flatten()?;
     let blockers: Vec<_> = blockers.iter().map(ToString::to_string).collect();
