@@ -80,10 +80,14 @@ fn assert_nothing_left(host: &Host) {
 #[test]
 fn a_killed_service_goes_back_to_its_last_snapshot_with_all_that_it_knew() {
     let schedule = "on_stop = \"restart\"\nsnapshot = { every = \"1s\", process = true, keep = 100 }\n";
-    let (_lab, host, mut events) = boot("--memory 64", "", schedule);
+    // Closed, and with files of its own: ftd takes these from within its sandbox.
+    let closed = "User=www-data\nPrivateTmp=yes\nRuntimeDirectory=worker\nProtectSystem=strict\nNoNewPrivileges=yes\n\
+                  ProtectKernelTunables=yes\nPrivateDevices=yes\nCapabilityBoundingSet=";
+    let (_lab, host, mut events) = boot("--memory 64", closed, schedule);
     give(&host, 1..=10);
     let (total, main) = (get(&host, "/total"), show(&host, "MainPID"));
     assert_eq!(total["done"], 10);
+    host.sh(&format!("echo own > /proc/{main}/root/tmp/x; echo run > /run/worker/x")).unwrap();
     let good = wait_good(&host, &mut events);
     let status = events.until(&host, LIMIT, |_| true).unwrap();
     let newest = &snapshots(&status)["newest"];
@@ -129,6 +133,7 @@ fn a_killed_service_goes_back_to_its_last_snapshot_with_all_that_it_knew() {
     println!("restored: {done}");
     assert_eq!(get(&host, "/total"), total);
     assert_eq!(get(&host, "/memory")["bad"], 0);
+    assert_eq!(host.sh(&format!("cat /proc/{main}/root/tmp/x /run/worker/x")).unwrap(), "own\nrun\n");
     let restored = events.seen_or_next("restored", WORKER).unwrap();
     assert_eq!((&restored["generation"], &restored["units"]), (&good.into(), &serde_json::json!([WORKER])));
     // ftd has left it alone, and cares for it again.
@@ -182,6 +187,41 @@ fn stopped_by_a_snapshot_it_stays_so_until_it_is_restored() {
 }
 
 #[test]
+fn several_units_are_stopped_all_or_none_and_come_back_together() {
+    let lab = Lab::new().unwrap();
+    let config =
+        "[[workload]]\nname = \"all\"\nunits = [\"worker\", \"nginx\", \"apache2\"]\non_stop = \"restart\"\n";
+    let host = lab.boot("vm1", BootOptions::with_config(config)).unwrap();
+    host.wait_running().unwrap();
+    criu::prepare(&host).unwrap();
+    criu::start_worker(&host, Path::new(env!("CARGO_BIN_EXE_worker")), "--memory 8", "").unwrap();
+    give(&host, 1..=5);
+    let mains = || host.ok(["systemctl", "show", "-P", "MainPID", "worker", "nginx", "apache2"]).unwrap();
+    let states =
+        || host.ok(["systemctl", "show", "-P", "ActiveState", "worker", "nginx", "apache2"]).unwrap();
+    let (total, before) = (get(&host, "/total"), mains());
+    for _ in 0..3 {
+        ftctl(&host, &["snapshot", "take", "all", "--stop"]).unwrap();
+        assert_eq!(states(), "inactive\n\ninactive\n\ninactive\n");
+        let (code, done) = ftctl(&host, &["restore", "all"]).unwrap();
+        assert_eq!((code, done["restored"].as_array().unwrap().len()), (0, 3), "{done}");
+        println!("{done}");
+        assert_eq!((get(&host, "/total"), mains()), (total.clone(), before.clone()));
+        for port in ["80", "8080"] {
+            host.ok(["curl", "-sf", "-m", "2", "-o", "/dev/null", &format!("http://127.0.0.1:{port}/")])
+                .unwrap();
+        }
+        assert_nothing_left(&host);
+    }
+    // One that cannot be dumped keeps all of them running.
+    host.sh("ftctl hold apache2 && systemctl stop apache2").unwrap();
+    let refused = ftctl(&host, &["snapshot", "take", "all", "--stop"]).unwrap_err();
+    assert!(refused.contains("apache2.service cannot be dumped"), "{refused}");
+    assert_eq!((get(&host, "/total"), states()), (total, "active\n\nactive\n\ninactive\n".to_owned()));
+    assert_nothing_left(&host);
+}
+
+#[test]
 fn what_cannot_be_stored_does_not_end_and_is_told() {
     let (_lab, host, mut events) = boot("--memory 64", "", "on_stop = \"restart\"\n");
     events.until_proven(&host, 1).unwrap();
@@ -229,6 +269,8 @@ fn an_ftd_that_dies_in_the_middle_of_a_dump_leaves_the_service_running_and_nothi
         assert!(!state.contains("stopped") && state.contains("TracerPid:\t0"), "{state}");
         assert_eq!(show(&host, "MainPID"), main);
         assert_eq!(get(&host, "/total"), total);
+        // systemd does so anyway; this waits for it.
+        host.ok(["systemctl", "start", "ftd"]).unwrap();
         events = Events::follow(&host).unwrap();
         events.wait_for("snapshot_taken", WORKER).unwrap();
         caught += 1;
@@ -247,12 +289,15 @@ fn an_ftd_that_dies_in_the_middle_of_a_dump_leaves_the_service_running_and_nothi
 fn what_criu_cannot_save_is_named_and_goes_on() {
     let (_lab, host, mut events) = boot("", "", "[[workload]]\nname = \"odd\"\nunits = [\"odd\"]\n");
     let program = "import ctypes, time\nlibc = ctypes.CDLL(None)\n\
-        if libc.syscall(425, 8, ctypes.create_string_buffer(120)) < 0: raise SystemExit(9)\ntime.sleep(1000)\n";
+        if libc.syscall(425, 8, ctypes.create_string_buffer(120)) < 0: raise SystemExit(9)\n\
+        open('/root/odd.holds-it', 'w')\ntime.sleep(1000)\n";
     host.write("/root/odd.py", program).unwrap();
     host.write("/etc/systemd/system/odd.service", "[Service]\nExecStart=/usr/bin/python3 -u /root/odd.py\n")
         .unwrap();
-    host.sh("systemctl daemon-reload && systemctl start odd && sleep 1").unwrap();
-    if !host.run(["systemctl", "is-active", "-q", "odd"]).unwrap().success() {
+    let begun = "systemctl daemon-reload && systemctl start odd && \
+                 while systemctl is-active -q odd && [ ! -e /root/odd.holds-it ]; do sleep 0.05; done";
+    host.sh(begun).unwrap();
+    if !host.run(["test", "-e", "/root/odd.holds-it"]).unwrap().success() {
         println!("this kernel lets nobody use io_uring: nothing to see");
         return;
     }

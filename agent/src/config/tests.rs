@@ -207,3 +207,27 @@ fn a_limit_of_restarts_that_back_off_keeps_from_being_reached_is_refused() {
     }
     errors("[heal]\nwithin = \"1500ms\"\n");
 }
+
+#[test]
+fn a_schedule_of_snapshots_must_have_something_to_take() {
+    let config = |line: &str, units: &str| format!("[[workload]]\nname = \"w\"\nunits = [{units}]\n{line}\n");
+    let text = config("snapshot = { every = \"5s\", process = true, keep = 10 }", "\"a\"");
+    let schedule =
+        Config::parse(&text, Path::new("ftd.toml")).unwrap().workloads[0].snapshot.clone().unwrap();
+    assert_eq!(schedule, Schedule { every: Some(Duration::from_secs(5)), process: true, keep: Some(10) });
+    // By hand.
+    Config::parse(&config("snapshot = { process = true }", "\"a\""), Path::new("ftd.toml")).unwrap();
+    for (line, units, word) in [
+        ("snapshot = { every = \"5s\" }", "\"a\"", "would hold nothing"),
+        ("snapshot = { every = \"5s\", process = true }", "\"a.socket\"", "no processes to be saved"),
+        ("snapshot = { every = \"1ms\", process = true }", "\"a\"", "ten times a second"),
+        ("snapshot = { process = true, keep = 0 }", "\"a\"", "nothing would be kept"),
+        ("snapshot = { evry = \"5s\" }", "\"a\"", "did you mean \"every\"?"),
+    ] {
+        let error = errors(&config(line, units));
+        assert!(error.contains(word) && error.contains("ftd.toml:4:"), "{error}");
+    }
+    let error = errors("[snapshot]\nretry = \"10min\"\nprocess_deadline = \"1h\"\n");
+    assert!(error.contains("snapshot.retry <= snapshot.retry_at_most does not hold: 10m > 5m"), "{error}");
+    assert!(error.contains("snapshot.process_deadline < RuntimeMaxSec of ftd-criu@.service"), "{error}");
+}

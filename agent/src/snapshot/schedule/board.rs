@@ -132,3 +132,36 @@ impl Board {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::snapshot::store::{About, Settings};
+
+    #[test]
+    fn the_newest_and_the_last_good_one_are_those_of_the_kind_that_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path(), Settings::default()).unwrap();
+        for (kind, good) in
+            [(Kind::Process, true), (Kind::Process, false), (Kind::Files, true), (Kind::Files, false)]
+        {
+            let (node, boot_id, time) = ("n".into(), "b".into(), jiff::Timestamp::now());
+            let about = About { workload: "w".into(), kind, node, boot_id, time };
+            let number = store.begin(about).unwrap().commit().unwrap().number;
+            if good {
+                store.mark_good("w", number).unwrap();
+            }
+        }
+        let board = Board::default();
+        board.change("w", |status| status.taken = 7);
+        let numbers = |kind| {
+            board.refresh(&store, "w", kind);
+            let status = board.all().remove(0);
+            assert_eq!((status.workload.as_str(), status.taken), ("w", 7));
+            (status.newest.unwrap().generation, status.good.unwrap().generation)
+        };
+        assert_eq!(numbers(Some(Kind::Process)), (2, 1));
+        assert_eq!(numbers(Some(Kind::Files)), (4, 3));
+        assert_eq!(numbers(None), (4, 3));
+    }
+}

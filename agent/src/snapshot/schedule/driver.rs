@@ -413,3 +413,75 @@ fn mark(store: &Store, scheduled: &Scheduled, number: u64) -> Result<bool, gener
     store.mark_good(&scheduled.workload, number)?;
     Ok(true)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::Path};
+
+    use super::*;
+    use crate::{config::Config, snapshot::store::Settings};
+
+    fn scheduled(dir: &Path, files: &str, watched: bool, process: bool) -> Scheduled {
+        let mut config = Config::default();
+        config.node.state_dir = dir.into();
+        Scheduled {
+            workload: "w".into(),
+            units: vec!["w.service".into()],
+            files: Some(Selection::parse([files]).unwrap()),
+            watched,
+            every: Duration::from_secs(1),
+            process,
+            keep: 3,
+            settings: config.snapshot.clone(),
+            node: "n".into(),
+            boot_id: "b".into(),
+            state_dir: dir.into(),
+            places: Places::of_daemon(&config),
+        }
+    }
+
+    #[test]
+    fn with_watched_files_only_a_snapshot_of_the_good_ones_is_good() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("x.conf");
+        let store = Store::open(&dir.path().join("store"), Settings::default()).unwrap();
+        let files = file.to_str().unwrap();
+        let watched = scheduled(dir.path(), files, true, true);
+        // What the watch stores; and, as far as this matters, what a schedule does.
+        let put = |kind, text: &str| {
+            fs::write(&file, text).unwrap();
+            let about = About { kind, ..watched.about() };
+            let selection = Selection::parse([files]).unwrap();
+            generation::take(&store, about, &selection).unwrap().0.number
+        };
+        let first = put(Kind::Process, "a");
+        assert!(!mark(&store, &watched, first).unwrap(), "nothing is known to be good yet");
+        let good = put(Kind::Files, "a");
+        store.mark_good("w", good).unwrap();
+        assert!(mark(&store, &watched, first).unwrap());
+        let bad = put(Kind::Process, "b");
+        assert!(!mark(&store, &watched, bad).unwrap());
+        assert!(mark(&store, &scheduled(dir.path(), files, false, true), bad).unwrap());
+        // The files that are put back are those that the watch has found good, whatever a schedule says.
+        assert_eq!(store.last_good_of("w", Kind::Files).unwrap().unwrap().number, good);
+    }
+
+    #[test]
+    fn who_is_busy_with_a_workload_keeps_others_from_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = busy(dir.path(), "w").unwrap();
+        let (sender, done) = std::sync::mpsc::channel();
+        let other = {
+            let dir = dir.path().to_owned();
+            std::thread::spawn(move || {
+                let _second = busy(&dir, "w").unwrap();
+                sender.send(()).unwrap();
+            })
+        };
+        drop(busy(dir.path(), "v").unwrap());
+        assert!(done.recv_timeout(Duration::from_millis(100)).is_err());
+        drop(first);
+        done.recv().unwrap();
+        other.join().unwrap();
+    }
+}
