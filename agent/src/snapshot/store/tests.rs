@@ -2,6 +2,7 @@
 
 mod damage;
 pub(super) mod faults;
+mod kill;
 mod model;
 mod torture;
 mod transfer;
