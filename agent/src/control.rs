@@ -19,6 +19,7 @@ use crate::{
     inject::{Faults, Record},
     probe::Source,
     snapshot::schedule::Board,
+    telemetry::{Metrics, gauges::Now},
     unit::manager::Systemd,
 };
 
@@ -44,6 +45,8 @@ pub struct App {
     pub source: Arc<Source>,
     /// How snapshots stand.
     pub snapshots: Arc<Board>,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
     /// When ftd started.
     pub started: jiff::Timestamp,
 }
@@ -174,6 +177,23 @@ impl App {
             snapshots: self.snapshots.all(),
             faults: self.faults.list(),
         }
+    }
+
+    /// All numbers, for Prometheus, now.
+    pub fn metrics(&self) -> String {
+        let status = self.status();
+        self.metrics.text(&Now {
+            version: &status.version,
+            started: status.started,
+            well: status.troubles().is_empty(),
+            systemd: status.systemd,
+            journal: status.journal.is_none(),
+            source: &status.probe.source,
+            delivered: status.probe.delivered,
+            drops: &status.probe.drops,
+            units: &status.units,
+            faults: &status.faults,
+        })
     }
 }
 

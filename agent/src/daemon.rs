@@ -43,6 +43,7 @@ use crate::{
         scratch::Places,
         store::Settings,
     },
+    telemetry::Metrics,
     unit::{
         alias,
         manager::{Report, Systemd},
@@ -87,6 +88,8 @@ async fn serve(config: Config) -> Result<()> {
     // Events: from here on everything is told.
     let (writer, start) = Writer::open(&state_dir.join("journal"), &config.journal);
     let (bus, queue) = Bus::new(config.node_name(), start.opened.next_seq);
+    let metrics = Metrics::new(config.node_name());
+    tokio::spawn(Arc::clone(&metrics).run(bus.follow()));
     if let Some(kind) = start.opened.mended() {
         bus.emit(None, None, kind);
     }
@@ -186,6 +189,7 @@ async fn serve(config: Config) -> Result<()> {
         faults: Arc::clone(&faults),
         source,
         snapshots: board,
+        metrics,
         started,
     });
     faults.recover_left_over();

@@ -4,6 +4,7 @@
 //!
 //! ```text
 //! cli  control          people: ftctl, the API on a unix socket
+//! telemetry             numbers for the outside
 //! inject                what is broken on purpose
 //! heal  cluster         decisions on this host / between hosts
 //! snapshot              state -> bytes that outlive it, and back
@@ -22,4 +23,5 @@ pub mod heal;
 pub mod inject;
 pub mod probe;
 pub mod snapshot;
+pub mod telemetry;
 pub mod unit;

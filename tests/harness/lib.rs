@@ -42,6 +42,7 @@ pub mod enter;
 pub mod events;
 pub mod host;
 pub mod lab;
+pub mod metrics;
 pub mod mounts;
 pub mod own;
 pub mod process;

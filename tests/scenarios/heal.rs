@@ -3,9 +3,11 @@
 //! As root: `cargo xtask test --only heal`
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that panics names its line")]
+#![allow(clippy::float_cmp, reason = "metrics that count are whole numbers")]
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use harness::metrics::Metrics;
 use harness::{BootOptions, Events, Host, Lab, own};
 use serde_json::Value;
 
@@ -390,4 +392,56 @@ fn a_fault_does_not_outlive_the_ftd_that_injected_it() {
         .collect();
     assert_eq!(undone.len(), 1);
     assert_eq!(undone[0]["why"], "ftd started again");
+}
+
+/// The numbers, once this one is there: they follow events, and are not waited for by them.
+fn numbers_once(host: &Host, name: &str, labels: &[(&str, &str)], value: f64) -> Metrics {
+    let end = Instant::now() + harness::scaled(LIMIT);
+    loop {
+        let metrics = Metrics::of(host).unwrap();
+        if metrics.value(name, labels) == value {
+            return metrics;
+        }
+        assert!(Instant::now() < end, "{name} {labels:?} did not become {value}: {metrics:#?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn numbers_for_prometheus_move_with_what_happens() {
+    let listen = "[status]\nlisten = \"127.0.0.1:7480\"\n";
+    let (_lab, host, mut events) = lab(&format!("{listen}{CONFIG}"));
+    let nginx = [("unit", NGINX), ("node", "vm1")];
+    let before = Metrics::of(&host).unwrap();
+    assert_eq!(before.value("ftd_unit_serving", &nginx), 1.0);
+    assert_eq!(before.value("ftd_systemd_up", &[]), 1.0);
+    assert_eq!(before.value("ftd_heal_seconds_count", &nginx), 0.0);
+
+    host.sh(&format!("kill -9 {}", main_pid(&host, NGINX))).unwrap();
+    let healed = events.wait_for("healed", NGINX).unwrap();
+    let after = numbers_once(&host, "ftd_heal_seconds_count", &[nginx[0], ("by", "ftd")], 1.0);
+    assert_eq!(after.value("ftd_heal_seconds_sum", &nginx), healed["took_ms"].as_f64().unwrap() / 1e3);
+    assert_eq!(after.value("ftd_outages_total", &[nginx[0], ("cause", "killed")]), 1.0);
+    assert!(after.value("ftd_process_deaths_total", &[nginx[0], ("how", "signal")]) >= 1.0);
+    assert_eq!(after.value("ftd_decision_seconds_count", &[nginx[0], ("action", "start")]), 1.0);
+    assert!(after.value("ftd_probe_delivered_total", &[]) > before.value("ftd_probe_delivered_total", &[]));
+
+    host.ok(["ftctl", "hold", "nginx"]).unwrap();
+    host.ok(["ftctl", "inject", "hang", "httpd", "--for", "1min"]).unwrap();
+    let held = numbers_once(&host, "ftd_unit_held", &nginx, 1.0);
+    assert_eq!(held.value("ftd_unit_held", &[("unit", APACHE)]), 0.0);
+    numbers_once(&host, "ftd_faults_injected_total", &[("unit", APACHE), ("fault", "hang")], 1.0);
+    host.ok(["ftctl", "inject", "recover"]).unwrap();
+    numbers_once(&host, "ftd_faults_active", &[("unit", APACHE)], 0.0);
+
+    // For everybody, where a status is offered on TCP: the same families, as Prometheus wants them.
+    let text = host.ok(["curl", "-sf", "-i", "http://127.0.0.1:7480/metrics"]).unwrap();
+    let (head, body) = text.split_once("\r\n\r\n").unwrap();
+    assert!(head.to_lowercase().contains("content-type: text/plain; version=0.0.4"), "{head}");
+    assert_eq!(Metrics::parse(body).unwrap().families(), held.families());
+    // What is counted is told to operators, each by its name.
+    let guide = include_str!("../../docs/operations.md");
+    for family in held.families() {
+        assert!(guide.contains(&format!("`{family}`")), "{family} is not in operations.md");
+    }
 }

@@ -46,6 +46,7 @@ use crate::{
     inject::{InjectError, Request},
     probe::BootNs,
     snapshot::criu::{check::Report, unit},
+    telemetry,
 };
 
 /// Serves the whole API on `listener` for ever.
@@ -174,6 +175,7 @@ fn give_to_group(path: &Path, name: &str) {
 fn reading() -> Router<Arc<App>> {
     Router::new()
         .route("/healthz", get(healthz))
+        .route("/metrics", get(metrics))
         .route("/v1/status", get(status))
         .route("/v1/events", get(events))
         .fallback(unknown)
@@ -212,6 +214,10 @@ async fn healthz(State(app): State<Arc<App>>) -> Response {
     let code = if troubles.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let well = troubles.is_empty();
     (code, Json(serde_json::json!({ "well": well, "troubles": troubles }))).into_response()
+}
+
+async fn metrics(State(app): State<Arc<App>>) -> Response {
+    ([(CONTENT_TYPE, telemetry::text::CONTENT_TYPE)], app.metrics()).into_response()
 }
 
 async fn status(State(app): State<Arc<App>>) -> Response {

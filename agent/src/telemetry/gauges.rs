@@ -1,0 +1,128 @@
+//! How things stand, as numbers: the same that `ftctl status` shows.
+
+use super::{
+    text::{Text, Type},
+    word,
+};
+use crate::{
+    heal::{machine::Phase, supervisor::UnitStatus},
+    inject::Record,
+};
+
+/// All phases, so that each has a number for each unit.
+const PHASES: [Phase; 8] = [
+    Phase::Unknown,
+    Phase::Up,
+    Phase::Ending,
+    Phase::Yielded,
+    Phase::Waiting,
+    Phase::Working,
+    Phase::Left,
+    Phase::Failed,
+];
+
+/// How things stand now.
+#[derive(Debug)]
+pub struct Now<'a> {
+    /// ftd's version.
+    pub version: &'a str,
+    /// When ftd started.
+    pub started: jiff::Timestamp,
+    /// Whether all is well, as `/healthz` says.
+    pub well: bool,
+    /// Whether systemd can be reached.
+    pub systemd: bool,
+    /// Whether the journal can be written.
+    pub journal: bool,
+    /// Where deaths are learned from.
+    pub source: &'a str,
+    /// Events that came from there.
+    pub delivered: u64,
+    /// Events that were lost on the way, by cause.
+    pub drops: &'a [(String, u64)],
+    /// Units under care.
+    pub units: &'a [UnitStatus],
+    /// Faults that are not undone.
+    pub faults: &'a [Record],
+}
+
+impl Now<'_> {
+    pub(super) fn write(&self, text: &mut Text) {
+        self.write_agent(text);
+        self.write_units(text);
+    }
+
+    fn write_agent(&self, text: &mut Text) {
+        let build = vec![("version", self.version)];
+        text.gauges("ftd_build_info", "ftd's version, as a label.", [(build, 1)]);
+        let started = self.started.as_millisecond() as f64 / 1e3;
+        text.gauges("ftd_start_time_seconds", "When ftd started, since 1970.", [(vec![], started)]);
+        text.gauges("ftd_well", "1 if nothing keeps the host from serving as it should.", one(self.well));
+        text.gauges("ftd_systemd_up", "1 if systemd can be reached.", one(self.systemd));
+        text.gauges("ftd_journal_up", "1 if the journal can be written.", one(self.journal));
+        let source = vec![("source", self.source)];
+        text.gauges("ftd_probe_info", "Where deaths are learned from, as a label.", [(source, 1)]);
+        text.family("ftd_probe_delivered_total", Type::Counter, "Events that the probe delivered.");
+        text.sample("ftd_probe_delivered_total", &[], self.delivered);
+        text.family(
+            "ftd_probe_dropped_total",
+            Type::Counter,
+            "Events lost between kernel and ftd, by cause.",
+        );
+        for (cause, count) in self.drops {
+            text.sample("ftd_probe_dropped_total", &[("cause", cause)], count);
+        }
+    }
+
+    fn write_units(&self, text: &mut Text) {
+        let mut gauge = |name: &str, help: &str, value: &dyn Fn(&UnitStatus) -> Option<u64>| {
+            text.family(name, Type::Gauge, help);
+            for unit in self.units {
+                if let Some(value) = value(unit) {
+                    text.sample(name, &[("unit", &unit.unit), ("workload", &unit.workload)], value);
+                }
+            }
+        };
+        let yes = |value: bool| Some(u64::from(value));
+        gauge("ftd_unit_serving", "1 if the unit is up and no outage is under way.", &|unit| {
+            yes(unit.phase == Phase::Up && unit.outage.is_none())
+        });
+        gauge("ftd_unit_failed", "1 if ftd has given the unit up.", &|unit| yes(unit.phase == Phase::Failed));
+        gauge("ftd_unit_held", "1 if the unit is out of ftd's hands.", &|unit| yes(unit.held.is_some()));
+        gauge("ftd_unit_phase_seconds", "How long the unit has been in its phase.", &|unit| {
+            Some(unit.phase_s)
+        });
+        gauge("ftd_unit_attempts", "Start attempts that count now.", &|unit| Some(unit.attempts as u64));
+        gauge("ftd_unit_attempts_max", "Start attempts after which ftd gives up.", &|unit| {
+            Some(unit.attempts_max.into())
+        });
+        gauge("ftd_unit_health_failures", "Failures of the health check in a row.", &|unit| {
+            unit.health.as_ref().map(|health| health.failures.into())
+        });
+        gauge("ftd_unit_health_proven", "1 if the health check has ever succeeded.", &|unit| {
+            unit.health.as_ref().map(|health| health.proven.into())
+        });
+        gauge("ftd_faults_active", "Faults injected into the unit that are not undone.", &|unit| {
+            Some(self.faults.iter().filter(|fault| fault.unit == unit.unit).count() as u64)
+        });
+        text.family("ftd_unit_forks_total", Type::Counter, "Processes that the unit made.");
+        for unit in self.units {
+            text.sample(
+                "ftd_unit_forks_total",
+                &[("unit", &unit.unit), ("workload", &unit.workload)],
+                unit.forks,
+            );
+        }
+        text.family("ftd_unit_phase", Type::Gauge, "1 for the phase that the unit is in, 0 for the others.");
+        for unit in self.units {
+            for phase in PHASES {
+                let labels = [("unit", &*unit.unit), ("workload", &unit.workload), ("phase", &word(&phase))];
+                text.sample("ftd_unit_phase", &labels, u8::from(unit.phase == phase));
+            }
+        }
+    }
+}
+
+fn one(value: bool) -> [(Vec<(&'static str, &'static str)>, u8); 1] {
+    [(vec![], value.into())]
+}
