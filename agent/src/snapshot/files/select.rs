@@ -4,6 +4,9 @@
 //! directories. As in a shell, they do not match a dot in front. What a pattern names is taken whole: a directory with
 //! everything below it, a symlink as the symlink. Links are followed only in a pattern's fixed part, before
 //! the first `*`, and there only where root put them.
+//!
+//! Not selected by a pattern or a directory: what editors and package managers put beside a file while they work on it
+//! ([`is_passing`]). It would be taken for a change, twice, and the second time, when it goes, for damage.
 
 use std::{
     collections::BTreeSet,
@@ -135,7 +138,9 @@ impl Pattern {
     /// Whether it selects `path`, itself or as something below what it names.
     pub fn covers(&self, path: &Path) -> bool {
         fn matches(parts: &[Part], names: &[&OsStr]) -> bool {
-            let Some((part, parts_left)) = parts.split_first() else { return true };
+            let Some((part, parts_left)) = parts.split_first() else {
+                return !names.iter().any(|name| is_passing(name));
+            };
             let Some((name, names_left)) = names.split_first() else { return false };
             match part {
                 Part::AnyDepth if parts_left.is_empty() => part.fits(name),
@@ -155,14 +160,26 @@ impl Part {
         match self {
             Self::Name(wanted) => wanted == name,
             // A byte that is not UTF-8 becomes one character that `*` and `?` match.
-            Self::Glob(pattern) => pattern.matches_with(&name.to_string_lossy(), GLOB),
-            Self::AnyDepth => !is_hidden(name),
+            Self::Glob(pattern) => !is_passing(name) && pattern.matches_with(&name.to_string_lossy(), GLOB),
+            Self::AnyDepth => !is_hidden(name) && !is_passing(name),
         }
     }
 }
 
 fn is_hidden(name: &OsStr) -> bool {
     name.as_bytes().starts_with(b".")
+}
+
+/// Whether a file of this name is there only for the time of an edit or an upgrade: vim's swap files, emacs' locks and
+/// autosaved files, backups (`~`), and what dpkg has unpacked and not put in place yet.
+fn is_passing(name: &OsStr) -> bool {
+    let name = name.as_bytes();
+    let swap = || name.len() > 4 && name[..name.len() - 1].ends_with(b".sw");
+    name.ends_with(b"~")
+        || name.starts_with(b".") && swap()
+        || name.starts_with(b".#")
+        || name.starts_with(b"#") && name.ends_with(b"#")
+        || [&b".dpkg-new"[..], b".dpkg-tmp"].iter().any(|end| name.ends_with(end))
 }
 
 /// All patterns of a workload.
@@ -323,7 +340,7 @@ impl<V: Visit> Walk<'_, V> {
             Ok(names) => names,
             Err(error) => return self.nothing(found.path, error).map(|_| ()),
         };
-        for name in names.iter().filter(|name| !pin::is_temporary(name)) {
+        for name in names.iter().filter(|name| !pin::is_temporary(name) && !is_passing(name)) {
             let path = found.path.join(name);
             self.deeper(&path, |walk| walk.step(found.pin, name, &path, &[]))?;
         }
@@ -372,6 +389,14 @@ mod tests {
     #[case("/etc/a[[]1]", "/etc/a[1]", true)]
     #[case("/etc/a\\x2db.service", "/etc/a\\x2db.service", true)]
     #[case("/etc", "/etc/.ftd-restore-1-2", false)]
+    #[case("/etc", "/etc/.a.conf.swp", false)]
+    #[case("/etc", "/etc/a.swp", true)]
+    #[case("/etc", "/etc/d/a.conf~", false)]
+    #[case("/etc/*", "/etc/#a.conf#", false)]
+    #[case("/etc/**/*.conf", "/etc/.#d/a.conf", false)]
+    #[case("/etc", "/etc/a.conf.dpkg-new", false)]
+    #[case("/etc", "/etc/a.conf.dpkg-dist", true)]
+    #[case("/etc/a.conf~", "/etc/a.conf~", true)]
     fn what_a_pattern_covers(#[case] pattern: &str, #[case] path: &str, #[case] covers: bool) {
         assert_eq!(Pattern::parse(pattern).unwrap().covers(Path::new(path)), covers);
     }
