@@ -388,6 +388,10 @@ pub struct Workload {
     /// Files that belong to it: absolute paths of files and directories, and patterns.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub files: Vec<Spanned<String>>,
+    /// Whether the files belong to it that define its units: fragments and drop-ins, wherever they lie but below
+    /// `/run`.
+    #[serde(default)]
+    pub unit_files: bool,
     /// What happens when they change.
     #[serde(default)]
     pub on_change: OnChange,
@@ -401,6 +405,13 @@ pub struct Workload {
     /// `[workload.heal]`: this workload's own figures; what is left out is as in `[heal]`.
     #[serde(default)]
     pub heal: HealOverride,
+}
+
+impl Workload {
+    /// Whether any files belong to it.
+    pub fn has_files(&self) -> bool {
+        self.unit_files || !self.files.is_empty()
+    }
 }
 
 fn restart() -> OnStop {
@@ -967,7 +978,7 @@ fn check_schedule(
         let what = format!("\"{}\" of workload \"{name}\" has no processes to be saved", unit.as_ref());
         say(at, what, "set process = false, or keep to services in this workload".into());
     }
-    if workload.files.is_empty() && !schedule.process {
+    if !workload.has_files() && !schedule.process {
         let what = format!("snapshots of workload \"{name}\" would hold nothing");
         say(at, what, "set process = true, or name files = [...]".into());
     }

@@ -38,7 +38,7 @@ use crate::{
     snapshot::{
         self,
         criu::unit,
-        files::Selection,
+        generation::selection,
         schedule::{self, Board},
         scratch::Places,
         store::Settings,
@@ -46,6 +46,7 @@ use crate::{
     telemetry::Metrics,
     unit::{
         alias,
+        definition::definition,
         manager::{Report, Systemd},
     },
 };
@@ -271,7 +272,7 @@ async fn keep_snapshots(
     bus: Arc<Bus>,
     board: Arc<Board>,
 ) {
-    let any = |workload: &config::Workload| !workload.files.is_empty() || workload.snapshot.is_some();
+    let any = |workload: &config::Workload| workload.has_files() || workload.snapshot.is_some();
     if !config.workloads.iter().any(any) {
         return;
     }
@@ -282,35 +283,35 @@ async fn keep_snapshots(
         tokio::task::spawn_blocking(move || places.sweep());
     }
     systemd.looked().await;
-    let trouble = |what: &str, error: String| {
-        bus.emit(None, None, Kind::FilesTrouble { what: what.into(), error });
-    };
     let settings = Settings { quota: Some(config.snapshot.quota.as_u64()), ..Settings::default() };
-    let dir = config.node.state_dir.join("snapshots");
-    let store = match tokio::task::spawn_blocking(move || snapshot::store::Store::open(&dir, settings)).await
-    {
-        Ok(Ok(store)) => store,
-        Ok(Err(error)) => return trouble("opening the snapshots", error.to_string()),
-        Err(error) => return trouble("opening the snapshots", error.to_string()),
+    let mut trouble = files::Trouble::new("opening the snapshots", None, &bus, config.snapshot.retry);
+    let store = loop {
+        let (dir, settings) = (config.node.state_dir.join("snapshots"), settings.clone());
+        let opened = tokio::task::spawn_blocking(move || snapshot::store::Store::open(&dir, settings)).await;
+        match opened {
+            Ok(Ok(store)) => break store,
+            Ok(Err(error)) => trouble.wait(&error.to_string()).await,
+            Err(error) => trouble.wait(&error.to_string()).await,
+        }
     };
     tokio::spawn(follow_files(config.clone(), Arc::clone(&bus), store.clone(), Arc::clone(&board)));
     let status = supervisor.status();
     for workload in config.workloads.iter().filter(|workload| any(workload)) {
         let name = workload.name.as_ref();
         refresh(&config, &board, &store, name).await;
-        let files = workload.files.iter().map(|file| file.as_ref().as_str());
-        let selection = match Selection::parse(files) {
+        let ours = status.iter().filter(|unit| unit.workload == *name);
+        let units: Vec<_> = ours.map(|unit| unit.unit.clone()).collect();
+        let definitions: Vec<_> = units.iter().map(|unit| definition(unit)).collect();
+        let selection = match selection(workload, &definitions) {
             Ok(selection) => selection,
             Err(error) => {
-                trouble(&format!("watching the files of {name}"), error.to_string());
+                let what = format!("watching the files of {name}");
+                bus.emit(None, None, Kind::FilesTrouble { what, error: error.to_string() });
                 continue;
             }
         };
-        let ours: Vec<_> = status.iter().filter(|unit| unit.workload == *name).collect();
-        let units: Vec<_> = ours.iter().map(|unit| unit.unit.clone()).collect();
-        let watched = !workload.files.is_empty() && workload.on_change == config::OnChange::Heal;
+        let watched = workload.has_files() && workload.on_change == config::OnChange::Heal;
         if watched {
-            let held = ours.iter().filter(|unit| unit.held.is_some()).map(|unit| unit.unit.clone()).collect();
             let words = |text: &str| text.split_whitespace().map(str::to_owned).collect();
             let check = workload.check.as_ref().map(|check| words(check.as_ref()));
             let watch = files::Watch {
@@ -318,19 +319,24 @@ async fn keep_snapshots(
                 check: check.or_else(|| files::own_checker(units.first()?)),
                 units: units.clone(),
                 selection: selection.clone(),
+                definitions,
                 settings: config.snapshot.clone(),
                 node: config.node_name(),
             };
-            let hands =
-                files::Hands { bus: Arc::clone(&bus), systemd: systemd.clone(), store: store.clone() };
-            tokio::spawn(files::run(watch, hands, held));
+            let hands = files::Hands {
+                bus: Arc::clone(&bus),
+                supervisor: Arc::clone(&supervisor),
+                systemd: systemd.clone(),
+                store: store.clone(),
+            };
+            tokio::spawn(files::run(watch, hands));
         }
         let schedule = workload.snapshot.clone().unwrap_or_default();
         if let Some(every) = schedule.every {
             let scheduled = schedule::driver::Scheduled {
                 workload: name.clone(),
                 units,
-                files: (!workload.files.is_empty()).then_some(selection),
+                files: workload.has_files().then_some(selection),
                 watched,
                 every,
                 process: schedule.process,

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 pub mod alias;
 pub mod cgroup;
+pub mod definition;
 mod direct;
 pub mod manager;
 

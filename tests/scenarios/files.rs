@@ -36,20 +36,27 @@ fn boot_with(config: &str) -> (Lab, Host) {
     (lab, host)
 }
 
+const QUICK: &str = "[snapshot]\nsettle = \"100ms\"\ngood_after = \"500ms\"\nput_backs = 100\n";
+
 /// A host on which ftd watches over the files, and has found them good.
 fn guarded() -> (Lab, Host, Events, String) {
-    let quick = "[snapshot]\nsettle = \"100ms\"\ngood_after = \"500ms\"\nput_backs = 100\n";
-    let (lab, host) = boot_with(&format!("{quick}{CONFIG}"));
-    let mut events = Events::follow(&host).unwrap();
-    let list = || json(&host, &["snapshot", "list"]);
+    let (lab, host) = boot_with(&format!("{QUICK}{CONFIG}"));
+    let events = until_good(&host);
+    let before = tree(&host);
+    (lab, host, events, before)
+}
+
+/// Waits until ftd has found the files good, and follows what it says.
+fn until_good(host: &Host) -> Events {
+    let mut events = Events::follow(host).unwrap();
+    let list = || json(host, &["snapshot", "list"]);
     let end = Instant::now() + harness::scaled(LIMIT);
     while !list().as_array().unwrap().iter().any(|one| one["good"] == true) {
         assert!(Instant::now() < end, "the files are not found good: {:#?}", events.seen());
         // It may have been said before anybody could follow.
         std::thread::sleep(Duration::from_millis(50));
     }
-    let before = tree(&host);
-    (lab, host, events, before)
+    events
 }
 
 const NGINX: &str = "nginx.service";
@@ -222,4 +229,264 @@ fn nobody_is_fought_while_a_unit_is_held_or_ftd_is_away() {
         assert!(Instant::now() < end, "what was damaged while ftd was away is not put back");
         std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+const DROP_IN: &str = "/etc/systemd/system/nginx.service.d";
+const FRAGMENT: &str = "/usr/lib/systemd/system/nginx.service";
+
+fn show(host: &Host, unit: &str, property: &str) -> String {
+    host.ok(["systemctl", "show", "-P", property, unit]).unwrap().trim().to_owned()
+}
+
+fn why(event: &Value) -> &str {
+    event["why"].as_str().unwrap()
+}
+
+#[test]
+fn unit_files_are_verified_by_systemd_put_back_or_taken_over() {
+    let (_lab, host) = boot_with(&format!("{QUICK}{CONFIG}unit_files = true\n"));
+    let mut events = until_good(&host);
+    let contents = json(&host, &["snapshot", "show", "web"]).to_string();
+    assert_eq!(show(&host, NGINX, "FragmentPath"), FRAGMENT);
+    assert!(contents.contains(FRAGMENT), "{contents}");
+    assert_eq!(
+        json(&host, &["snapshot", "take", "web"])["unmatched"],
+        serde_json::json!(["/etc/nothing/*.conf"])
+    );
+    let pid = show(&host, NGINX, "MainPID");
+
+    // Broken drop-ins go, whether somebody has had systemd read them or not, in systemd's own words.
+    for (text, says) in [
+        ("[Service]\\nRestrat=always\\n", ["/bad.conf:2: ", "'Restrat'"]),
+        (
+            "[Service]\\nExecStart=\\nExecStart=/nonexistent/nginx\\n",
+            ["/nonexistent/nginx", "not executable"],
+        ),
+        ("[Service]\\nExecStart=/bin/true\\n", ["more than one ExecStart", NGINX]),
+        ("nonsense\\n", ["/bad.conf:1: ", "outside of section"]),
+    ] {
+        host.sh(&format!(
+            "mkdir -p {DROP_IN} && printf '{text}' > {DROP_IN}/bad.conf && systemctl daemon-reload"
+        ))
+        .unwrap();
+        let bad = events.wait_for("files_bad", NGINX).unwrap();
+        assert!(says.iter().all(|words| why(&bad).contains(words)), "{bad}");
+        assert_eq!(events.wait_for("files_put_back", NGINX).unwrap()["op"], bad["op"]);
+        assert!(!host.run(["test", "-e", DROP_IN]).unwrap().success(), "{text}");
+        assert_eq!(show(&host, NGINX, "NeedDaemonReload"), "no", "{text}");
+        assert_eq!(show(&host, NGINX, "DropInPaths"), "", "{text}");
+        assert_eq!(show(&host, NGINX, "MainPID"), pid, "{text}");
+    }
+
+    // A valid one stays and takes effect, also where nobody has had systemd read it.
+    host.sh(&format!(
+        "mkdir -p {DROP_IN} && printf '[Service]\\nEnvironment=FTD_TEST=1\\n' > {DROP_IN}/env.conf"
+    ))
+    .unwrap();
+    let changed = events.wait_for("files_changed", NGINX).unwrap();
+    assert_eq!(events.wait_for("files_good", NGINX).unwrap()["op"], changed["op"]);
+    let new = show(&host, NGINX, "MainPID");
+    assert_ne!(new, pid);
+    assert!(host.sh(&format!("tr '\\0' '\\n' < /proc/{new}/environ")).unwrap().contains("FTD_TEST=1"));
+    assert!(host.run(["curl", "-sf", "-o", "/dev/null", "http://127.0.0.1/"]).unwrap().success());
+    // From now on it is what is put back.
+    host.sh(&format!(": > {DROP_IN}/env.conf")).unwrap();
+    events.wait_for("files_put_back", NGINX).unwrap();
+    host.sh(&format!("rm -r {DROP_IN}")).unwrap();
+    events.wait_for("files_put_back", NGINX).unwrap();
+    assert!(host.ok(["cat", &format!("{DROP_IN}/env.conf")]).unwrap().contains("FTD_TEST=1"));
+    assert_eq!(show(&host, NGINX, "MainPID"), new);
+}
+
+#[test]
+fn what_packages_do_to_unit_files_is_as_good_as_what_systemd_says_of_it() {
+    let (_lab, host) = boot_with(&format!("{QUICK}{CONFIG}unit_files = true\n"));
+    let mut events = until_good(&host);
+    // As an upgrade does it: another file, with a line for a newer systemd, and a drop-in; the restart is the package's own.
+    let upgrade = format!(
+        "mkdir -p {FRAGMENT}.d && printf '[Service]\\nEnvironment=VENDOR=1\\n' > {FRAGMENT}.d/vendor.conf && \
+         sed '/^\\[Service\\]/a Environment=VERSION=2\\nFromTheFuture=yes' {FRAGMENT} > {FRAGMENT}.dpkg-new && \
+         mv {FRAGMENT}.dpkg-new {FRAGMENT} && systemctl daemon-reload && systemctl restart nginx"
+    );
+    host.sh(&upgrade).unwrap();
+    let pid = show(&host, NGINX, "MainPID");
+    events.wait_for("files_good", NGINX).unwrap();
+    assert_eq!(show(&host, NGINX, "MainPID"), pid, "it runs with them already");
+    // The next version has no drop-in any more.
+    host.sh(&format!("rm -r {FRAGMENT}.d && systemctl daemon-reload")).unwrap();
+    events.wait_for("files_good", NGINX).unwrap();
+    assert!(!host.run(["test", "-e", &format!("{FRAGMENT}.d")]).unwrap().success());
+    // Without its fragment there is no unit.
+    host.sh(&format!("rm {FRAGMENT} && systemctl daemon-reload")).unwrap();
+    let bad = events.wait_for("files_bad", NGINX).unwrap();
+    assert!(why(&bad).contains("not found"), "{bad}");
+    events.wait_for("files_put_back", NGINX).unwrap();
+    assert_eq!(
+        (&*show(&host, NGINX, "LoadState"), &*show(&host, NGINX, "NeedDaemonReload")),
+        ("loaded", "no")
+    );
+    // Who masks a unit means it, whatever else is put back.
+    host.ok(["systemctl", "mask", "nginx"]).unwrap();
+    host.sh(": > /etc/nginx/nginx.conf").unwrap();
+    events.wait_for("files_put_back", NGINX).unwrap();
+    assert_eq!(show(&host, NGINX, "LoadState"), "masked");
+}
+
+/// Two units with a file each, which they take over in different ways; with `CRASH=yes` in it they exit with 7. Their
+/// checker accepts all that a shell can read.
+fn pair(config: &str) -> (Lab, Host, Events) {
+    const PROGRAM: &str = "#!/bin/sh\nload() { . /etc/app/$1.conf; echo \"$VALUE\" > /run/app-$1; \
+        [ \"$CRASH\" = yes ] && exit 7; }\nload $1\ntrap \"load $1\" HUP\nwhile :; do sleep 1 & wait $!; done\n";
+    let unit = |name: &str, reload: &str| {
+        let text = format!("[Service]\nType=exec\nExecStart=/bin/sh /opt/app.sh {name}\n{reload}");
+        (format!("/etc/systemd/system/app-{name}.service").into(), text)
+    };
+    let config = format!(
+        "[heal]\nrestarts = 20\nbackoff = \"50ms\"\nbackoff_max = \"100ms\"\n{config}[[workload]]\nname = \"app\"\nunits = [\"app-a\", \"app-b\"]\nfiles = [\"/etc/app\"]\n\
+         check = \"sh -n /etc/app/a.conf /etc/app/b.conf\"\n"
+    );
+    let mut options = BootOptions::with_config(config);
+    options.files = vec![
+        ("/opt/app.sh".into(), PROGRAM.into()),
+        ("/etc/app/a.conf".into(), "VALUE=1\n".into()),
+        ("/etc/app/b.conf".into(), "VALUE=1\n".into()),
+        unit("a", "ExecReload=kill -HUP $MAINPID\n"),
+        unit("b", ""),
+    ];
+    let lab = Lab::new().unwrap();
+    let host = lab.boot("vm1", options).unwrap();
+    host.wait_running().unwrap();
+    host.ok(["systemctl", "start", "app-a", "app-b"]).unwrap();
+    let events = until_good(&host);
+    (lab, host, events)
+}
+
+#[test]
+fn a_valid_edit_that_brings_the_service_down_is_put_back_and_the_service_comes_up() {
+    let (_lab, host, mut events) = pair(QUICK);
+    // Of the unit that reloads, of the one that is restarted, and where a person is faster than ftd.
+    for (unit, then) in
+        [("a", ""), ("b", ""), ("a", "systemctl restart app-a"), ("b", "systemctl restart app-b")]
+    {
+        let full = format!("app-{unit}.service");
+        host.sh(&format!("echo CRASH=yes >> /etc/app/{unit}.conf; {then}")).unwrap();
+        let bad = events.wait("files_bad", LIMIT, |event| event["event"] == "files_bad").unwrap();
+        assert!(why(&bad).contains("went down") || why(&bad).contains("does not take them over"), "{bad}");
+        events.wait("files_put_back", LIMIT, |event| event["event"] == "files_put_back").unwrap();
+        assert_eq!(host.ok(["cat", &format!("/etc/app/{unit}.conf")]).unwrap(), "VALUE=1\n");
+        events.seen_or_next("healed", &full).unwrap();
+        events.until_settled(&host, Duration::from_secs(1)).unwrap();
+        assert_eq!(host.ok(["systemctl", "is-active", "app-a", "app-b"]).unwrap(), "active\nactive\n");
+    }
+    let good = json(&host, &["snapshot", "list"]);
+    let good: Vec<_> = good.as_array().unwrap().iter().filter(|one| one["good"] == true).collect();
+    assert_eq!(good.len(), 1, "no bad one has become good");
+}
+
+#[test]
+fn several_files_and_units_change_together_and_nobody_is_fought_halfway() {
+    let slow = "[snapshot]\nsettle = \"1s\"\nsettle_at_most = \"10s\"\ngood_after = \"500ms\"\n";
+    let (_lab, host, mut events) = pair(slow);
+    let from = events.seen().len();
+    // Halfway it makes no sense.
+    host.sh("echo 'if' > /etc/app/a.conf; sleep 0.4; echo VALUE=2 > /etc/app/b.conf; sleep 0.4; \
+         echo VALUE=2 > /etc/app/a.conf; sleep 0.4; echo VALUE=3 > /etc/app/b.conf")
+        .unwrap();
+    events.wait("files_good", LIMIT, |event| event["event"] == "files_good").unwrap();
+    let kinds: Vec<_> = events.seen()[from..].iter().filter_map(|event| event["event"].as_str()).collect();
+    assert!(!kinds.contains(&"files_bad"), "{kinds:?}");
+    assert_eq!(kinds.iter().filter(|kind| **kind == "files_changed").count(), 1, "{kinds:?}");
+    assert_eq!(host.sh("cat /run/app-a /run/app-b").unwrap(), "2\n3\n", "both units have taken them over");
+}
+
+#[test]
+fn what_is_to_go_for_good_goes_when_a_person_says_so() {
+    let (_lab, host, mut events, _) = guarded();
+    host.ok(["ftctl", "hold", "nginx"]).unwrap();
+    events.wait_for("held", NGINX).unwrap();
+    host.sh("rm /etc/nginx/koi-win && chmod 600 /etc/nginx/koi-utf").unwrap();
+    let edited = tree(&host);
+    let number = json(&host, &["snapshot", "take", "web", "--good"])["generation"].clone();
+    host.ok(["ftctl", "release", "nginx"]).unwrap();
+    assert_eq!(events.wait_for("files_good", NGINX).unwrap()["generation"], number);
+    assert_eq!(tree(&host), edited);
+    host.sh(": > /etc/nginx/nginx.conf").unwrap();
+    events.wait_for("files_put_back", NGINX).unwrap();
+    assert_eq!(tree(&host), edited);
+}
+
+#[test]
+fn the_watch_begins_once_the_snapshots_can_be_read() {
+    let quick = QUICK.replace("put_backs", "retry = \"200ms\"\nput_backs");
+    let (_lab, host) = boot_with(&format!("{quick}{CONFIG}"));
+    until_good(&host);
+    let before = tree(&host);
+    host.sh("systemctl stop ftd && mkdir /var/lib/ftd/snapshots/v99 && rm /etc/nginx/mime.types").unwrap();
+    host.ok(["systemctl", "start", "ftd"]).unwrap();
+    let mut events = Events::follow(&host).unwrap();
+    let trouble =
+        |event: &Value| event["event"] == "files_trouble" && event["error"].as_str().unwrap().contains("99");
+    if !harness::events::all(&host).unwrap().iter().any(trouble) {
+        events.wait("files_trouble", LIMIT, trouble).unwrap();
+    }
+    assert_ne!(tree(&host), before);
+    host.sh("rmdir /var/lib/ftd/snapshots/v99").unwrap();
+    events.wait_for("files_put_back", NGINX).unwrap();
+    assert_eq!(tree(&host), before);
+    let told = harness::events::all(&host).unwrap().iter().filter(|event| trouble(event)).count();
+    assert_eq!(told, 1, "it is told once");
+}
+
+/// Edits `/etc/app/a.conf` to hold this, in the ways of those who edit.
+fn editors(value: u32) -> [(&'static str, String); 5] {
+    let file = "/etc/app/a.conf";
+    [
+        ("sed", format!("sed -i 's/VALUE=.*/VALUE={value}/' {file}")),
+        ("a new file over it", format!("echo VALUE={value} > {file}.tmp && mv {file}.tmp {file}")),
+        // The swap file is there for as long as somebody thinks.
+        (
+            "vim",
+            format!(
+                "cd /etc/app && : > .a.conf.swp && sleep 0.5 && : > 4913 && rm 4913 && mv a.conf a.conf~ && \
+                 echo VALUE={value} > a.conf && rm a.conf~ && sleep 0.5 && rm .a.conf.swp"
+            ),
+        ),
+        (
+            "emacs",
+            format!(
+                "cd /etc/app && ln -s root@vm1.1:1 .#a.conf && sleep 0.5 && : > '#a.conf#' && sleep 0.5 && \
+                 cp -p a.conf a.conf~ && echo VALUE={value} > a.conf && rm '#a.conf#' .#a.conf"
+            ),
+        ),
+        (
+            "dpkg",
+            format!(
+                "mkdir -p /tmp/p/DEBIAN /tmp/p/etc/app && cd /tmp/p && echo VALUE={value} > etc/app/a.conf && \
+                 echo /etc/app/a.conf > DEBIAN/conffiles && printf 'Package: app\\nVersion: {value}\\nArchitecture: all\\n\
+                 Maintainer: nobody <n@example.org>\\nDescription: a test\\n' > DEBIAN/control && \
+                 printf '#!/bin/sh\\nsleep 0.5\\n' > DEBIAN/preinst && chmod 755 DEBIAN/preinst && \
+                 dpkg-deb --build . /tmp/app.deb && dpkg --unpack /tmp/app.deb && sleep 0.5 && \
+                 dpkg --force-confnew --configure app"
+            ),
+        ),
+    ]
+}
+
+#[test]
+fn whatever_tool_edits_a_file_it_is_one_change_and_nothing_is_put_back() {
+    let (_lab, host, mut events) = pair(QUICK);
+    for value in 10..20 {
+        let [.., (tool, edit)] = &editors(value)[..=value as usize % 5] else { unreachable!() };
+        let from = events.seen().len();
+        host.sh(edit).unwrap_or_else(|error| panic!("{tool}: {error:#}"));
+        events.wait("files_good", LIMIT, |event| event["event"] == "files_good").unwrap();
+        let told: Vec<_> = events.seen()[from..].to_vec();
+        let count = |kind: &str| told.iter().filter(|event| event["event"] == kind).count();
+        assert_eq!((count("files_changed"), count("files_bad")), (1, 0), "{tool}: {told:#?}");
+        assert_eq!(host.sh("cat /run/app-a").unwrap(), format!("{value}\n"), "{tool}");
+    }
+    // And none of what they left is in the way of what is good.
+    host.sh(": > /etc/app/a.conf").unwrap();
+    events.wait("files_put_back", LIMIT, |event| event["event"] == "files_put_back").unwrap();
+    assert_eq!(host.sh("cat /etc/app/a.conf").unwrap(), "VALUE=19\n");
 }

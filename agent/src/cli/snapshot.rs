@@ -27,9 +27,10 @@ use crate::{
     heal::saved::boot_id,
     snapshot::{
         files::{Contents as _, Difference, Entry, Plan, Selection, compare, diff, look},
-        generation::{Files, take},
+        generation::{Files, selection, take},
         store::{About, Generation, Kind, Retention, Settings, Store},
     },
+    unit::definition,
 };
 
 mod holds;
@@ -159,13 +160,14 @@ impl Place {
     }
 
     fn selection(workload: &Workload) -> Result<Selection, Failure> {
-        if workload.files.is_empty() {
+        if !workload.has_files() {
             return Err(local(format!(
                 "workload {} has no files\n  mend: name them in the configuration, like files = [\"/etc/nginx\"]",
                 workload.name.as_ref()
             )));
         }
-        Selection::parse(workload.files.iter().map(|file| file.as_ref().as_str())).map_err(local)
+        let definitions = workload.units.iter().map(|unit| definition::find(&unit_name(unit.as_ref())));
+        selection(workload, &definitions.collect::<Vec<_>>()).map_err(local)
     }
 
     /// The name of the workload that is meant, also of one that is only in the store, and the snapshot's number.

@@ -16,7 +16,12 @@
 //!
 //! Changes reach the machine in batches, when they have come to rest for a moment, so that an administrator who
 //! edits several files at once is not fought halfway; `ftctl hold` keeps it out for longer. What was changed
-//! while held, or while ftd was away, is looked at afterwards like any other change.
+//! while held, or while ftd was away, is looked at afterwards like any other change; and a generation that a
+//! person has called good meanwhile is good.
+//!
+//! A service that goes down is not always brought down by its files. They are to blame if it went down by
+//! itself after the last of them was changed: whether ftd had it take them over, or somebody restarted it before
+//! ftd had looked. Who mends the files of a service that is down already is left in peace.
 
 use std::time::Duration;
 
@@ -33,8 +38,8 @@ mod tests;
 /// What is told to the machine.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Input {
-    /// What differs from the last good generation, after changes have come to rest; nothing, when all is as it was.
-    Changed(Vec<Change>),
+    /// What was found when the files were looked at.
+    Changed(Found),
     /// What the checker says of the files as they are: `Err` carries its words.
     Checked(Result<(), String>),
     /// The files as they are, are stored as this generation.
@@ -43,12 +48,35 @@ pub enum Input {
     Applied(Result<(), String>),
     /// All of the last good generation is in its place again: how many files that took.
     PutBack(Result<usize, String>),
-    /// Whether all units of the workload serve.
-    Serving(bool),
+    /// How the units of the workload are.
+    Service(Service),
     /// Somebody takes the workload out of ftd's hands, or gives it back.
     Held(bool),
     /// The time that [`Guard::wake`] asked for has come.
     Tick,
+}
+
+/// What differs from the last good generation, after changes have come to rest.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Found {
+    /// The last good generation: the machine's, or a newer one that a person has called good.
+    pub good: Option<u64>,
+    /// What differs from that; nothing, when all is as it was.
+    pub changes: Vec<Change>,
+    /// When the last of that was changed, as far as can be told.
+    pub newest: Option<BootNs>,
+}
+
+/// How the units of a workload are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Service {
+    /// All serve.
+    #[default]
+    Serves,
+    /// Not all serve, for reasons that have nothing to do with the files: stopped, killed from outside.
+    Away,
+    /// One went down by itself, the last at this moment.
+    Down(BootNs),
 }
 
 /// One path that differs from the last good generation.
@@ -73,6 +101,8 @@ pub enum Output {
     PutBack(u64),
     /// This generation is good now.
     MarkGood(u64),
+    /// Look at the files anew; answer `Changed`. Goes on beside everything else.
+    Look,
     /// Publish an event.
     Note(Kind),
 }
@@ -129,11 +159,13 @@ pub struct Guard {
     /// The service may run with other files than the good ones.
     taken_over: bool,
     /// Changes that came while something else was being done, or while held.
-    waiting: Option<Vec<Change>>,
+    waiting: Option<Found>,
     /// The changes that are being dealt with.
     current: Vec<Change>,
+    /// When the last of them was made.
+    newest: BootNs,
     held: bool,
-    serving: bool,
+    service: Service,
     deadline: Option<BootNs>,
     put_back_at: Vec<BootNs>,
 }
@@ -150,8 +182,9 @@ impl Guard {
             taken_over: false,
             waiting: None,
             current: Vec::new(),
+            newest: BootNs(0),
             held: false,
-            serving: true,
+            service: Service::Serves,
             deadline: None,
             put_back_at: Vec::new(),
         }
@@ -167,6 +200,11 @@ impl Guard {
         self.phase
     }
 
+    /// The paths that are being dealt with, or were the last.
+    pub fn current(&self) -> impl Iterator<Item = &str> {
+        self.current.iter().map(|change| change.told.path.as_str())
+    }
+
     /// The last good generation.
     pub fn good(&self) -> Option<u64> {
         self.good
@@ -176,8 +214,9 @@ impl Guard {
     pub fn step(&mut self, now: BootNs, input: Input) -> Vec<Output> {
         let mut out = Vec::new();
         match input {
-            Input::Changed(changes) => {
-                self.waiting = Some(changes);
+            Input::Changed(found) => {
+                self.adopt(found.good, &mut out);
+                self.waiting = Some(found);
                 self.look(now, &mut out);
             }
             Input::Checked(verdict) if self.phase == Phase::Checking => {
@@ -188,15 +227,8 @@ impl Guard {
             Input::PutBack(result) if self.phase == Phase::PuttingBack => {
                 self.on_put_back(result, now, &mut out);
             }
-            Input::Serving(serving) => self.on_serving(serving, now, &mut out),
-            Input::Held(held) => {
-                self.held = held;
-                if !held && self.phase == Phase::GivenUp {
-                    self.put_back_at.clear();
-                    self.rest(now, &mut out);
-                }
-                self.look(now, &mut out);
-            }
+            Input::Service(service) => self.on_service(service, now, &mut out),
+            Input::Held(held) => self.on_held(held, now, &mut out),
             Input::Tick => self.on_tick(now, &mut out),
             // The answer to something that is no longer waited for.
             Input::Checked(_) | Input::PutBack(_) => {}
@@ -213,7 +245,7 @@ impl Guard {
         if !at_rest || self.held {
             return;
         }
-        let Some(changes) = self.waiting.take() else { return };
+        let Some(Found { changes, newest, .. }) = self.waiting.take() else { return };
         if changes.is_empty() && self.good.is_some() {
             return self.on_as_good(now, out);
         }
@@ -226,6 +258,7 @@ impl Guard {
         }
         self.candidate = None;
         self.current.clone_from(&changes);
+        self.newest = newest.unwrap_or(now);
         let damaged = changes.iter().filter(|change| change.damage).map(|change| change.told.to_string());
         let damaged: Vec<_> = damaged.collect();
         if self.good.is_some() && !damaged.is_empty() {
@@ -234,6 +267,40 @@ impl Guard {
             self.enter(Phase::Checking, None);
             out.push(Output::Check);
         }
+    }
+
+    /// A person may have called a newer generation good.
+    fn adopt(&mut self, good: Option<u64>, out: &mut Vec<Output>) {
+        let Some(generation) = good.filter(|good| self.good.is_none_or(|ours| ours < *good)) else { return };
+        self.good = Some(generation);
+        // An older one does not come after it.
+        self.candidate = None;
+        out.push(Output::Note(Kind::FilesGood { generation }));
+        if self.phase == Phase::Unguarded {
+            self.enter(Phase::Good, None);
+        }
+    }
+
+    fn on_held(&mut self, held: bool, now: BootNs, out: &mut Vec<Output>) {
+        self.held = held;
+        if held {
+            return;
+        }
+        // Out of date: much may have been done meanwhile.
+        self.waiting = None;
+        if self.phase == Phase::GivenUp {
+            self.put_back_at.clear();
+            self.rest(now, out);
+        }
+        if self.phase == Phase::Proving && self.is_to_blame() {
+            self.put_back(WENT_DOWN, now, out);
+        }
+        out.push(Output::Look);
+    }
+
+    /// Whether the service is down, and went down after the files were changed.
+    fn is_to_blame(&self) -> bool {
+        self.good.is_some() && matches!(self.service, Service::Down(at) if at > self.newest)
     }
 
     /// The files are those of the last good generation, by whoever's hand.
@@ -287,6 +354,9 @@ impl Guard {
 
     fn on_applied(&mut self, result: Result<(), String>, now: BootNs, out: &mut Vec<Output>) {
         match (self.phase, result) {
+            (Phase::Applying, Ok(())) if self.is_to_blame() && !self.held => {
+                self.put_back(WENT_DOWN, now, out);
+            }
             (Phase::Applying, Ok(())) => {
                 self.prove(now);
                 self.look(now, out);
@@ -306,6 +376,9 @@ impl Guard {
         match result {
             Ok(files) => {
                 out.push(Output::Note(Kind::FilesPutBack { generation: self.good.unwrap_or(0), files }));
+                // What was found meanwhile is out of date.
+                self.waiting = None;
+                out.push(Output::Look);
                 if std::mem::take(&mut self.taken_over) {
                     self.enter(Phase::Reverting, None);
                     out.push(Output::Apply);
@@ -320,15 +393,15 @@ impl Guard {
         }
     }
 
-    fn on_serving(&mut self, serving: bool, now: BootNs, out: &mut Vec<Output>) {
-        self.serving = serving;
+    fn on_service(&mut self, service: Service, now: BootNs, out: &mut Vec<Output>) {
+        let before = std::mem::replace(&mut self.service, service);
         if self.phase != Phase::Proving {
             return;
         }
-        if serving {
+        if self.is_to_blame() && !self.held {
+            self.put_back(WENT_DOWN, now, out);
+        } else if service == Service::Serves && before != service {
             self.prove(now);
-        } else if self.good.is_some() && !self.held {
-            self.put_back("the service went down with them", now, out);
         }
     }
 
@@ -338,7 +411,7 @@ impl Guard {
         }
         self.deadline = None;
         match self.phase {
-            Phase::Proving if !self.serving || self.held => self.prove(now),
+            Phase::Proving if self.service != Service::Serves || self.held => self.prove(now),
             Phase::Proving if self.candidate.is_some() => self.proven(now, out),
             Phase::Proving => {
                 self.late = true;
@@ -370,7 +443,6 @@ impl Guard {
         self.candidate = None;
         if self.held {
             // Looked at again when the hold is over.
-            self.waiting.get_or_insert(std::mem::take(&mut self.current));
             return self.rest(now, out);
         }
         out.push(Output::Note(Kind::FilesBad { why: why.to_owned(), generation: self.good }));
@@ -409,6 +481,8 @@ impl Guard {
         self.deadline = deadline;
     }
 }
+
+const WENT_DOWN: &str = "the service went down after they were changed";
 
 fn trouble(what: &str, error: String, out: &mut Vec<Output>) {
     out.push(Output::Note(Kind::FilesTrouble { what: what.into(), error }));

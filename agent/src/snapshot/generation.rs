@@ -13,9 +13,10 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    files::{self, CaptureError, Captured, Contents, Entry, Selection},
+    files::{self, CaptureError, Captured, Contents, Entry, PatternError, Selection},
     store::{self, About, Draft, Generation, Metadata, Snapshot, Store},
 };
+use crate::{config::Workload, unit::definition::Definition};
 
 /// The entry that lists the files.
 const LIST: &str = "files";
@@ -68,6 +69,13 @@ struct List {
 
 fn key(path: &std::path::Path) -> files::Bytes {
     files::Bytes(path.as_os_str().as_encoded_bytes().to_vec())
+}
+
+/// The files of a workload whose units are defined so: those that it names, and, if it says so, those of its units.
+pub fn selection(workload: &Workload, definitions: &[Definition]) -> Result<Selection, PatternError> {
+    let named = Selection::parse(workload.files.iter().map(|file| file.as_ref().as_str()))?;
+    let units = definitions.iter().filter(|_| workload.unit_files);
+    named.with_places(units.flat_map(Definition::paths))
 }
 
 /// Takes the selected files into the store: a generation that is there, durable, when this returns. Waits for disks.

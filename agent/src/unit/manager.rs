@@ -11,7 +11,7 @@ use std::{
     collections::{HashMap, VecDeque},
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use futures_util::StreamExt as _;
@@ -270,25 +270,26 @@ impl Systemd {
         self.job(&self.connection()?, "ReloadOrTryRestartUnit", unit, "fail", limit).await
     }
 
-    /// Runs a command once as a unit of its own, outside of ftd's sandbox, with all that it says going into the
-    /// file `says`, which need not be there; answers whether it ended without an error.
-    pub async fn run_once(
-        &self,
-        unit: &str,
-        words: &[String],
-        says: &str,
-        limit: Duration,
-    ) -> Result<bool, JobError> {
+    /// Restarts a unit that runs; one that does not is left alone. Answers the job's result.
+    pub async fn try_restart(&self, unit: &str, limit: Duration) -> Result<String, JobError> {
+        self.job(&self.connection()?, "TryRestartUnit", unit, "fail", limit).await
+    }
+
+    /// Runs a command once as a unit of its own, outside of ftd's sandbox; answers whether it ended without an error.
+    pub async fn run_once(&self, unit: &str, command: Command<'_>) -> Result<bool, JobError> {
+        let Command { words, environment, says, limit } = command;
         let program = words.first().ok_or_else(|| JobError::Refused("there is no command".into()))?;
         let exec = vec![(program.clone(), words.to_vec(), false)];
         let microseconds = u64::try_from(limit.as_micros()).unwrap_or(u64::MAX);
+        let says = says.to_string_lossy().into_owned();
         let properties = vec![
             ("Description", Variant::from("A check of files, for ftd")),
             ("Type", Variant::from("oneshot")),
             ("CollectMode", Variant::from("inactive-or-failed")),
             ("TimeoutStartUSec", Variant::from(microseconds)),
-            ("StandardOutputFile", Variant::from(says)),
+            ("StandardOutputFile", Variant::from(says.clone())),
             ("StandardErrorFile", Variant::from(says)),
+            ("Environment", Variant::from(environment.to_vec())),
             ("ExecStart", Variant::from(exec)),
         ];
         let auxiliary = Vec::<(String, Vec<(String, Variant<'_>)>)>::new();
@@ -325,6 +326,24 @@ impl Systemd {
         } else {
             Err(JobError::Refused(format!("{unit} is {}", service.load_state)))
         }
+    }
+
+    /// How a unit's present run relates to its files, asked for now.
+    pub async fn run_of(&self, unit: &str) -> Result<Run, JobError> {
+        let connection = self.connection()?;
+        let path: OwnedObjectPath =
+            body(&call(&connection, PATH, MANAGER, "LoadUnit", &(unit,)).await.map_err(refusal)?)?;
+        let get = async |name: &str| -> Result<OwnedVariant, JobError> {
+            let reply = call(&connection, path.as_str(), PROPERTIES, "Get", &(UNIT, name)).await;
+            body(&reply.map_err(refusal)?)
+        };
+        let odd = |error: zbus::Error| JobError::Refused(format!("odd answer: {error}"));
+        let changed = bool::try_from(get("NeedDaemonReload").await?).map_err(odd)?;
+        // What systemd could not load it does not compare with what is there now.
+        let state = String::try_from(get("LoadState").await?).map_err(odd)?;
+        let needs_reload = changed || matches!(state.as_str(), "not-found" | "bad-setting" | "error");
+        let microseconds = u64::try_from(get("InactiveExitTimestamp").await?).map_err(odd)?;
+        Ok(Run { needs_reload, began: UNIX_EPOCH + Duration::from_micros(microseconds) })
     }
 
     /// Has systemd read all unit files anew (daemon-reload). It answers when it is done.
@@ -366,6 +385,28 @@ impl Systemd {
             }
         }
     }
+}
+
+/// A command that runs once.
+#[derive(Debug, Clone, Copy)]
+pub struct Command<'a> {
+    /// The program, with its directory, and its arguments.
+    pub words: &'a [String],
+    /// `NAME=value`, besides what systemd sets.
+    pub environment: &'a [&'a str],
+    /// The file into which all goes that it says; it need not be there.
+    pub says: &'a Path,
+    /// How long it may take.
+    pub limit: Duration,
+}
+
+/// A unit's present, or last, run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// systemd has read other unit files than there are now.
+    pub needs_reload: bool,
+    /// When it was started; 1970 if never.
+    pub began: SystemTime,
 }
 
 /// A service, as far as dumping and restoring it are concerned.

@@ -49,7 +49,7 @@ pub(super) async fn take(
 ) -> Result<Taken, Failure> {
     let name = workload.name.as_ref();
     let units: Vec<_> = workload.units.iter().map(|unit| unit_name(unit.as_ref())).collect();
-    let files = if workload.files.is_empty() { None } else { Some(Place::selection(workload)?) };
+    let files = if workload.has_files() { Some(Place::selection(workload)?) } else { None };
     let settings = &place.config.snapshot;
     let limit = settings.process_deadline;
     let take =

@@ -20,16 +20,28 @@ fn change(damage: bool) -> Change {
     Change { told: FileChange { path: "/etc/a".into(), what: "other content".into() }, damage }
 }
 
+fn found(changes: Vec<Change>) -> Input {
+    Input::Changed(Found { changes, ..Found::default() })
+}
+
 fn edit() -> Input {
-    Input::Changed(vec![change(false)])
+    found(vec![change(false)])
+}
+
+fn edit_at(seconds: u64) -> Input {
+    Input::Changed(Found { changes: vec![change(false)], newest: Some(BootNs(seconds * S)), good: None })
 }
 
 fn damage() -> Input {
-    Input::Changed(vec![change(false), change(true)])
+    found(vec![change(false), change(true)])
 }
 
 fn as_good() -> Input {
-    Input::Changed(Vec::new())
+    found(Vec::new())
+}
+
+fn called_good(generation: u64) -> Input {
+    Input::Changed(Found { good: Some(generation), ..Found::default() })
 }
 
 impl Rig {
@@ -39,6 +51,11 @@ impl Rig {
 
     fn step(&mut self, input: Input) -> Vec<Output> {
         self.guard.step(BootNs(self.now), input)
+    }
+
+    fn goes_down(&mut self) -> Vec<Output> {
+        self.now += 1;
+        self.step(Input::Service(Service::Down(BootNs(self.now))))
     }
 
     fn tick_at_wake(&mut self) -> Vec<Output> {
@@ -79,7 +96,7 @@ fn what_the_checker_refuses_is_put_back_in_the_checkers_words() {
     // The service never saw them: there is nothing to take over again.
     let outputs = rig.step(Input::PutBack(Ok(1)));
     assert!(
-        matches!(outputs[..], [Output::Note(Kind::FilesPutBack { generation: 7, files: 1 })]),
+        matches!(outputs[..], [Output::Note(Kind::FilesPutBack { generation: 7, files: 1 }), Output::Look]),
         "{outputs:?}"
     );
     assert_eq!(rig.guard.phase(), Phase::Good);
@@ -97,11 +114,67 @@ fn damage_is_put_back_without_asking_the_checker() {
 fn files_with_which_the_service_goes_down_are_put_back_and_never_good() {
     let mut rig = Rig::new();
     rig.edited(8);
-    assert_eq!(puts_back(&rig.step(Input::Serving(false))), Some(7));
+    assert_eq!(puts_back(&rig.goes_down()), Some(7));
     assert!(rig.step(Input::PutBack(Ok(1))).contains(&Output::Apply));
     rig.step(Input::Applied(Ok(())));
-    rig.step(Input::Serving(true));
+    rig.step(Input::Service(Service::Serves));
     assert_eq!((rig.guard.good(), rig.guard.phase(), rig.guard.wake()), (Some(7), Phase::Good, None));
+}
+
+#[test]
+fn files_with_which_the_service_goes_down_while_it_takes_them_over_are_put_back() {
+    let mut rig = Rig::new();
+    rig.step(edit());
+    rig.step(Input::Checked(Ok(())));
+    rig.step(Input::Stored(Ok(8)));
+    assert_eq!(rig.goes_down(), [], "systemd's job is not over");
+    assert_eq!(puts_back(&rig.step(Input::Applied(Ok(())))), Some(7));
+}
+
+#[test]
+fn files_with_which_somebody_restarted_the_service_into_its_end_are_put_back() {
+    let mut rig = Rig::new();
+    rig.now = 20 * S;
+    assert_eq!(rig.goes_down(), [], "nothing is known of a change yet");
+    rig.step(edit_at(19));
+    rig.step(Input::Checked(Ok(())));
+    rig.step(Input::Stored(Ok(8)));
+    assert_eq!(puts_back(&rig.step(Input::Applied(Ok(())))), Some(7));
+}
+
+#[test]
+fn who_mends_the_files_of_a_service_that_is_down_is_left_in_peace() {
+    let mut rig = Rig::new();
+    rig.now = 10 * S;
+    rig.goes_down();
+    rig.now = 20 * S;
+    rig.step(edit_at(19));
+    rig.step(Input::Checked(Ok(())));
+    rig.step(Input::Stored(Ok(8)));
+    assert_eq!(rig.step(Input::Applied(Ok(()))), []);
+    assert_eq!(rig.tick_at_wake(), [], "it does not serve yet");
+    rig.step(Input::Service(Service::Serves));
+    assert!(rig.tick_at_wake().contains(&Output::MarkGood(8)));
+}
+
+#[test]
+fn a_service_that_is_stopped_or_killed_from_outside_says_nothing_of_its_files() {
+    let mut rig = Rig::new();
+    rig.edited(8);
+    assert_eq!(rig.step(Input::Service(Service::Away)), []);
+    assert_eq!(rig.tick_at_wake(), [], "it has not served for long enough");
+    rig.step(Input::Service(Service::Serves));
+    assert!(rig.tick_at_wake().contains(&Output::MarkGood(8)));
+}
+
+#[test]
+fn what_a_person_calls_good_is_good() {
+    let mut rig = Rig::new();
+    assert!(matches!(rig.step(called_good(9))[..], [Output::Note(Kind::FilesGood { generation: 9 })]));
+    assert_eq!(puts_back(&rig.step(damage())), Some(9));
+    let mut rig = Rig { guard: Guard::new(policy(), None), now: S };
+    rig.step(called_good(1));
+    assert_eq!((rig.guard.good(), rig.guard.phase()), (Some(1), Phase::Good));
 }
 
 #[test]
@@ -138,6 +211,16 @@ fn while_held_nothing_is_done_and_afterwards_it_is_looked_at() {
     let mut rig = Rig::new();
     rig.step(Input::Held(true));
     assert_eq!(rig.step(damage()), []);
+    assert_eq!(rig.step(Input::Held(false)), [Output::Look], "what was found before is out of date");
+    assert_eq!(puts_back(&rig.step(damage())), Some(7));
+}
+
+#[test]
+fn a_service_that_went_down_while_held_has_its_files_put_back_afterwards() {
+    let mut rig = Rig::new();
+    rig.edited(8);
+    rig.step(Input::Held(true));
+    assert_eq!(rig.goes_down(), []);
     assert_eq!(puts_back(&rig.step(Input::Held(false))), Some(7));
 }
 
@@ -160,8 +243,8 @@ fn somebody_who_insists_is_left_to_a_person() {
     let outputs = rig.step(damage());
     assert_eq!((puts_back(&outputs), rig.guard.phase()), (None, Phase::GivenUp));
     rig.step(Input::Held(true));
-    rig.step(damage());
-    assert_eq!(puts_back(&rig.step(Input::Held(false))), Some(7), "a person has looked at it");
+    rig.step(Input::Held(false));
+    assert_eq!(puts_back(&rig.step(damage())), Some(7), "a person has looked at it");
 }
 
 #[test]
@@ -178,7 +261,7 @@ fn without_a_good_generation_the_first_valid_files_become_one_and_bad_ones_do_no
 }
 
 fn inputs() -> impl Strategy<Value = Vec<(u8, u64)>> {
-    proptest::collection::vec((0..14_u8, 0..40_u64), 1..120)
+    proptest::collection::vec((0..16_u8, 0..40_u64), 1..120)
 }
 
 proptest! {
@@ -197,8 +280,15 @@ proptest! {
                 (0..=1, _) => edit(),
                 (2, _) => damage(),
                 (3, _) => as_good(),
-                (4, _) => Input::Serving(false),
-                (5, _) => Input::Serving(true),
+                (4, _) => Input::Service(Service::Down(BootNs(rig.now))),
+                (5, _) => Input::Service(Service::Serves),
+                (14, _) => Input::Service(Service::Away),
+                (15, _) => {
+                    stored += 1;
+                    good.push(stored);
+                    candidate = None;
+                    called_good(stored)
+                }
                 (6, _) => Input::Held(true),
                 (7, _) => Input::Held(false),
                 (8, _) | (_, None) => Input::Tick,
@@ -221,7 +311,7 @@ proptest! {
             }
             for output in rig.step(input.clone()) {
                 match &output {
-                    Output::Note(_) => {}
+                    Output::Note(_) | Output::Look => {}
                     Output::MarkGood(number) => {
                         prop_assert_eq!(Some(*number), candidate, "after {:?}", input);
                         good.push(*number);

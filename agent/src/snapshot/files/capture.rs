@@ -101,7 +101,7 @@ pub fn capture(
     let mut captured = capture.captured;
     captured.entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
     for (pattern, matched) in selection.patterns().iter().zip(matched) {
-        if !matched {
+        if !matched && pattern.is_expected() {
             captured.unmatched.push(pattern.as_str().to_owned());
         }
         add_parents(&mut captured, &pattern.root())?;

@@ -59,6 +59,8 @@ pub enum PatternError {
 pub struct Pattern {
     text: String,
     parts: Vec<Part>,
+    /// Whether somebody expects that there is something.
+    expected: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -108,12 +110,17 @@ impl Pattern {
         if !matches!(parts.first(), Some(Part::Name(_))) {
             return Err(PatternError::Everything(text.to_owned()));
         }
-        Ok(Self { text: text.to_owned(), parts })
+        Ok(Self { text: text.to_owned(), parts, expected: true })
     }
 
     /// As it was given.
     pub fn as_str(&self) -> &str {
         &self.text
+    }
+
+    /// Whether it is worth telling that there is nothing.
+    pub(super) fn is_expected(&self) -> bool {
+        self.expected
     }
 
     /// The directory that the fixed part leads to, and what is to be found in it.
@@ -199,15 +206,22 @@ impl Selection {
         patterns.into_iter().map(Pattern::parse).collect::<Result<_, _>>().map(|patterns| Self { patterns })
     }
 
-    /// And a unit's own files: its fragment, its drop-ins (systemd's `FragmentPath`, `DropInPaths`).
-    pub fn with_unit_files<P: AsRef<Path>>(
+    /// And these very paths, whether there is anything or not: where a unit's own files lie, or may lie one day.
+    pub fn with_places<P: AsRef<Path>>(
         mut self,
         paths: impl IntoIterator<Item = P>,
     ) -> Result<Self, PatternError> {
         for path in paths {
-            self.patterns.push(Pattern::exact(path.as_ref())?);
+            self.patterns.push(Pattern { expected: false, ..Pattern::exact(path.as_ref())? });
         }
         Ok(self)
+    }
+
+    /// Only what lies outside of these paths.
+    #[must_use]
+    pub fn without(&self, paths: &[&Path]) -> Self {
+        let keep = |pattern: &&Pattern| !paths.iter().any(|path| pattern.root() == *path);
+        Self { patterns: self.patterns.iter().filter(keep).cloned().collect() }
     }
 
     /// The patterns.
