@@ -28,6 +28,7 @@ use crate::{
     snapshot::{
         files::{Contents as _, Difference, Entry, Plan, Selection, compare, diff, look},
         generation::{Files, selection, take},
+        process::Processes,
         store::{About, Generation, Kind, Retention, Settings, Store},
     },
     unit::definition,
@@ -422,18 +423,44 @@ fn list(place: &Place, only: Option<&str>, json: bool) -> Result<(), Failure> {
 }
 
 fn contents(place: &Place, which: &Which, json: bool) -> Result<(), Failure> {
-    let (name, number, files) = place.files(which)?;
-    let captured = files.captured();
+    let (name, number) = place.which(which)?;
+    let units = match place.store.manifest(&name, number).map_err(local)?.about.kind {
+        Kind::Process => Processes::open(&place.store, &name, number).and_then(|all| all.records()),
+        Kind::Files => Ok(Vec::new()),
+    };
+    let units = units.map_err(local)?;
+    let files = Files::any(&place.store, &name, number).map_err(local)?;
+    let files = files.then(|| Files::open(&place.store, &name, number)).transpose().map_err(local)?;
+    let captured = files.map(|files| files.captured().clone()).unwrap_or_default();
     if json {
-        return show::json(&json!({ "workload": name, "generation": number, "files": captured }));
-    }
-    let mut table = show::table(&["MODE", "OWNER", "BYTES", "PATH"]);
-    for entry in &captured.entries {
-        let (size, path) = described(entry);
-        table.add_row([format!("{:04o}", entry.mode), format!("{}:{}", entry.uid, entry.gid), size, path]);
+        return show::json(
+            &json!({ "workload": name, "generation": number, "files": captured, "units": units }),
+        );
     }
     show::line(&format!("snapshot {number} of {name}"));
-    show::line(&table.to_string());
+    if !units.is_empty() {
+        let mut table = show::table(&["UNIT", "MAIN", "TAKEN", "FROZEN", "CRIU", "KERNEL"]);
+        for unit in &units {
+            table.add_row([
+                show::plain(&unit.unit),
+                unit.main_pid.to_string(),
+                unit.taken.strftime("%Y-%m-%d %H:%M:%S").to_string(),
+                if unit.stopped { "stopped".into() } else { format!("{} us", unit.cost.frozen_us) },
+                unit.criu.to_string(),
+                show::plain(&unit.kernel),
+            ]);
+        }
+        show::line(&table.to_string());
+    }
+    if !captured.entries.is_empty() {
+        let mut table = show::table(&["MODE", "OWNER", "BYTES", "PATH"]);
+        for entry in &captured.entries {
+            let (size, path) = described(entry);
+            let (mode, owner) = (format!("{:04o}", entry.mode), format!("{}:{}", entry.uid, entry.gid));
+            table.add_row([mode, owner, size, path]);
+        }
+        show::line(&table.to_string());
+    }
     Ok(())
 }
 

@@ -396,6 +396,17 @@ impl Processes {
         self.bytes
     }
 
+    /// The record of each unit; its images are not read.
+    pub fn records(&self) -> Result<Vec<UnitImage>, ProcessError> {
+        let read = |index: usize| {
+            let name = entry_name(index, unit::MANIFEST);
+            let mut text = Vec::new();
+            self.snapshot.open_entry(&name)?.read_to_end(&mut text).map_err(image_error(&name))?;
+            Ok(UnitImage::parse(&text, Path::new(&name))?)
+        };
+        (0..self.units.len()).map(read).collect()
+    }
+
     /// Reads all images into a directory for as long as the answer lives. Every byte was checked when this returns.
     pub fn extract(&self, places: &Places, progress: &mut Progress) -> Result<Extracted, ProcessError> {
         let scratch = places.make(self.bytes)?;
@@ -519,6 +530,7 @@ mod tests {
 
         let processes = Processes::open(&store, "web", 2).unwrap();
         assert_eq!(processes.units().collect::<Vec<_>>(), ["x.service"]);
+        assert_eq!(processes.records().unwrap()[0].main_pid, 71);
         let (sender, told) = std::sync::mpsc::channel();
         let mut progress: Progress = Box::new(move |done, of| sender.send((done, of)).unwrap());
         let extracted = processes.extract(&places(dir.path()), &mut progress).unwrap();
