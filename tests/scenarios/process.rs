@@ -96,7 +96,8 @@ fn a_killed_service_goes_back_to_its_last_snapshot_with_all_that_it_knew() {
     assert!(snapshots(&status)["taken"].as_u64() >= Some(good), "{status:#}");
     let text = host.ok(["ftctl", "status"]).unwrap();
     assert!(text.contains("every 1000 ms") && text.contains("process"), "{text}");
-    let (_, shown) = ftctl(&host, &["snapshot", "show", "worker", "--generation", &good.to_string()]).unwrap();
+    let (_, shown) =
+        ftctl(&host, &["snapshot", "show", "worker", "--generation", &good.to_string()]).unwrap();
     assert_eq!(shown["units"][0]["main_pid"].to_string(), main, "{shown}");
     // An idle worker costs next to nothing.
     let taken = |one: &&Value| one["event"] == "snapshot_taken" && one["generation"].as_u64() >= Some(2);

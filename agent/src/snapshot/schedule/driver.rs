@@ -20,7 +20,7 @@ use std::{
 use nix::fcntl::{Flock, FlockArg};
 use tokio::{
     sync::{broadcast::error::RecvError, watch},
-    task::JoinHandle,
+    task::{JoinError, JoinHandle},
 };
 
 use super::{Board, GenerationStatus, Scheduler};
@@ -134,7 +134,10 @@ pub async fn run(scheduled: Scheduled, hands: Hands) {
         };
         tokio::select! {
             taken = taken => {
-                let taken = taken.unwrap_or_else(|error| Err(Trouble::of_thread(&error)));
+                let of_thread = |error: JoinError| {
+                    Trouble::new(&task.scheduled.workload, &error, "see the log: journalctl -u ftd")
+                };
+                let taken = taken.map_err(of_thread).flatten();
                 task.taken(taken).await;
             }
             () = due => task.on_time().await,
@@ -188,11 +191,8 @@ impl Trouble {
         Self { thing: workload.into(), cause: cause.to_string(), mend: mend.into() }
     }
 
-    fn of_thread(error: &tokio::task::JoinError) -> Self {
-        Self::new("it", error, "see the log: journalctl -u ftd")
-    }
-
-    fn of_process(workload: &str, error: &ProcessError) -> Self {
+    fn of_process(scheduled: &Scheduled, error: &ProcessError) -> Self {
+        let workload = &scheduled.workload;
         match error {
             ProcessError::Unit(UnitError::Blocked(report)) => {
                 let blockers = || report.findings.iter().filter(|one| one.severity == Severity::Blocker);
@@ -204,7 +204,8 @@ impl Trouble {
                 }
             }
             ProcessError::Unit(_) | ProcessError::Criu(_) => {
-                Self::new(workload, error, "find out what is in the way: ftctl check UNIT")
+                let each: Vec<_> = scheduled.units.iter().map(|unit| format!("ftctl check {unit}")).collect();
+                Self::new(workload, error, &format!("find out what is in the way: {}", each.join(", ")))
             }
             _ => Self::new(workload, error, "mend the cause; ftd tries again by itself"),
         }
@@ -384,7 +385,7 @@ async fn take(scheduled: Arc<Scheduled>, hands: Hands) -> Result<Fresh, Trouble>
     };
     let silent = Box::new(|_, _| {});
     let taken = process::take(&hands.systemd, &hands.store, &scheduled.places, take, silent).await;
-    let taken = taken.map_err(|error| Trouble::of_process(&name, &error))?;
+    let taken = taken.map_err(|error| Trouble::of_process(&scheduled, &error))?;
     Ok(Fresh { generation: taken.generation, frozen_us: taken.frozen_us, took: taken.took })
 }
 
