@@ -172,6 +172,18 @@ fn stopped_by_a_snapshot_it_stays_so_until_it_is_restored() {
     let refused = ftctl(&host, &["snapshot", "take", "worker", "--process"]).unwrap_err();
     assert!(refused.contains("no process to dump"), "{refused}");
 
+    // Its number is taken; by clone3, which can choose one.
+    let taker = "import ctypes, struct, sys, time\ntid = (ctypes.c_int * 1)(int(sys.argv[1]))\n\
+        words = struct.pack('11Q', 0, 0, 0, 0, 17, 0, 0, 0, ctypes.addressof(tid), 1, 0)\n\
+        if ctypes.CDLL(None).syscall(435, words, 88) == 0: time.sleep(1000)\n";
+    host.write("/root/taker.py", taker).unwrap();
+    host.sh(&format!("python3 /root/taker.py {main} > /dev/null; test -e /proc/{main}")).unwrap();
+    let refused = ftctl(&host, &["restore", "worker"]).unwrap_err();
+    let cause = format!("its PID {main} belongs to python3 now");
+    assert!(refused.contains(&cause) && refused.contains("nothing was touched"), "{refused}");
+    events.until(&host, LIMIT, held).unwrap();
+    host.sh(&format!("kill -9 {main}; while [ -e /proc/{main} ]; do sleep 0.01; done")).unwrap();
+
     let (code, done) = ftctl(&host, &["restore", "worker"]).unwrap();
     assert_eq!(code, 0, "{done}");
     assert_eq!((get(&host, "/total"), show(&host, "MainPID")), (total, main));

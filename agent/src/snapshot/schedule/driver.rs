@@ -100,9 +100,9 @@ pub struct Hands {
 }
 
 /// One that may turn out good.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 struct Candidate {
-    number: u64,
+    status: GenerationStatus,
     /// When that is known.
     due: Instant,
     /// In which run it was taken.
@@ -119,7 +119,7 @@ pub async fn run(scheduled: Scheduled, hands: Hands) {
     let scheduled = Arc::new(scheduled);
     let mut task = Task { scheduled, hands, times, taking: None, candidate: None, gone: 0 };
     loop {
-        let wake = task.times.wake().into_iter().chain(task.candidate.map(|one| one.due)).min();
+        let wake = task.times.wake().into_iter().chain(task.candidate.as_ref().map(|one| one.due)).min();
         let due = async {
             match wake {
                 Some(at) => tokio::time::sleep_until(at.into()).await,
@@ -283,12 +283,12 @@ impl Task {
             new_bytes: status.new_bytes,
             stored_bytes: status.stored_bytes,
         };
-        let (number, good_after) = (status.generation, scheduled.settings.good_after);
-        self.hands.board.change(&scheduled.workload, |all| all.newest = Some(status));
+        let good_after = scheduled.settings.good_after;
+        self.hands.board.change(&scheduled.workload, |all| all.newest = Some(status.clone()));
         self.hands.bus.emit(scheduled.units.first().map(String::as_str), None, kind);
         if scheduled.process || !scheduled.watched {
             let wait = good_after.min(scheduled.every).max(good_after.saturating_sub(serving.lasting));
-            self.candidate = Some(Candidate { number, due: begun + wait, since: serving.since });
+            self.candidate = Some(Candidate { status, due: begun + wait, since: serving.since });
         }
         let (store, name, kind) = (self.hands.store.clone(), scheduled.workload.clone(), scheduled.kind());
         let retention = Retention { count: Some(scheduled.keep), kind: Some(kind), ..Retention::default() };
@@ -321,15 +321,14 @@ impl Task {
             return;
         }
         let (store, scheduled) = (self.hands.store.clone(), Arc::clone(&self.scheduled));
-        let marked = blocking(move || mark(&store, &scheduled, candidate.number)).await;
-        match marked {
-            Ok(true) => self.hands.board.change(&self.scheduled.workload, |status| {
-                let newest = status.newest.clone();
-                status.good =
-                    newest.filter(|newest| newest.generation == candidate.number).or(status.good.take());
-            }),
+        let number = candidate.status.generation;
+        match blocking(move || mark(&store, &scheduled, number)).await {
+            Ok(true) => self
+                .hands
+                .board
+                .change(&self.scheduled.workload, |status| status.good = Some(candidate.status)),
             Ok(false) => {}
-            Err(error) => tracing::warn!(number = candidate.number, error, "a snapshot is not marked good"),
+            Err(error) => tracing::warn!(number, error, "a snapshot is not marked good"),
         }
     }
 }
