@@ -5,6 +5,7 @@
 //! v1/generations/WORKLOAD/NUMBER.manifest  which chunks a generation consists of        `manifest`
 //! v1/generations/WORKLOAD/NUMBER.good      empty: that generation has proved healthy
 //! v1/new/…                                 what is being written; rubbish when nobody writes
+//! v1/incoming/…                            packs of what arrives from another store             `parcel`
 //! v1/writer.lock  v1/catalogue.lock        locked (flock), never read
 //! ```
 //!
@@ -56,8 +57,10 @@ mod error;
 pub mod fuzz;
 mod index;
 mod manifest;
+mod notice;
 mod pack;
 mod packing;
+mod parcel;
 mod read;
 mod sweep;
 mod transfer;
@@ -83,6 +86,7 @@ pub use self::{
     draft::Draft,
     error::{Error, Result},
     manifest::{About, Entry, Kind, Manifest, Metadata, Stats},
+    parcel::{Chunks, Finish, Parcel, ParcelReader, Receive, Reception},
     read::{EntryReader, Snapshot},
     sweep::{Freed, Retention},
     verify::{Damage, Verified},

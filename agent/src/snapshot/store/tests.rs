@@ -4,6 +4,7 @@ mod damage;
 pub(super) mod faults;
 mod kill;
 mod model;
+mod parcel;
 mod torture;
 mod transfer;
 
