@@ -16,6 +16,7 @@ use crate::{
 };
 
 mod client;
+mod cluster;
 mod show;
 mod snapshot;
 
@@ -136,6 +137,17 @@ Example:
         /// The unit.
         unit: String,
     },
+    /// Make a cluster of several nodes, join one, and look at the others.
+    #[command(after_help = "\
+Where this node listens for others says node.listen in the configuration, where they are cluster.peers.
+
+Examples:
+  ftctl cluster init                 on the first node
+  ftctl cluster token --for 5min     there, for each other node: prints what is to be entered on it
+  ftctl cluster join ftd1-…          on the other node
+  ftctl cluster peers                who can be reached, and how fast
+  ftctl cluster revoke vm3           throw a node out")]
+    Cluster(cluster::ClusterArgs),
     /// Say what this host has and lacks, each with cause and mend.
     Doctor(ConfigFile),
     /// Look at the configuration.
@@ -373,6 +385,7 @@ impl Cli {
                 let ready = report.ready();
                 return Ok(if ready { ExitCode::SUCCESS } else { ExitCode::from(NOT_WELL) });
             }
+            Command::Cluster(args) => cluster::run(&client, args, json).await?,
             Command::Doctor(file) => return doctor(&client, &file, json).await,
             Command::Config(ConfigCommand::Check { file }) => {
                 let config = match Config::load(&file) {

@@ -20,6 +20,7 @@ use toml::Spanned;
 
 use crate::unit::alias;
 
+pub mod cluster;
 mod explain;
 pub use explain::{ConfigError, Problem};
 
@@ -52,6 +53,8 @@ pub struct Config {
     pub inject: Inject,
     /// Snapshots.
     pub snapshot: Snapshot,
+    /// The other nodes.
+    pub cluster: cluster::Cluster,
     /// What is under care.
     #[serde(rename = "workload")]
     pub workloads: Vec<Workload>,
@@ -63,6 +66,9 @@ pub struct Config {
 pub struct Node {
     /// Name of this host in events; the kernel's host name when empty.
     pub name: String,
+    /// Where this node listens for its peers (QUIC, so a UDP port); it has none when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub listen: Option<SocketAddr>,
     /// Journal, holds and undo records live here.
     pub state_dir: PathBuf,
     /// How long the start may wait for systemd's word on every unit before ftd counts as started.
@@ -78,6 +84,7 @@ impl Default for Node {
     fn default() -> Self {
         Self {
             name: String::new(),
+            listen: None,
             state_dir: "/var/lib/ftd".into(),
             ready_within: Duration::from_secs(5),
             stop_within: Duration::from_secs(2),
@@ -402,6 +409,9 @@ pub struct Workload {
     /// Snapshots of it, and when they are taken.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<Schedule>,
+    /// The nodes that may serve it, in order of preference: each gets its snapshots.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nodes: Vec<Spanned<String>>,
     /// `[workload.heal]`: this workload's own figures; what is left out is as in `[heal]`.
     #[serde(default)]
     pub heal: HealOverride,
@@ -827,6 +837,7 @@ impl Config {
             );
         }
         check_heal(&self.heal, "heal", text, &["heal"], &mut say);
+        cluster::check(self, text, &mut say);
         let (mut names, mut units) = (HashMap::new(), HashMap::<String, (usize, &str)>::new());
         for (index, workload) in self.workloads.iter().enumerate() {
             let index = index.to_string();

@@ -17,13 +17,16 @@ use crate::{
         supervisor::{Supervisor, UnitStatus},
     },
     inject::{Faults, Record},
+    peer::Peers,
     probe::Source,
+    replicate::{ReplicaStatus, Replicas},
     snapshot::schedule::Board,
     telemetry::{Metrics, gauges::Now},
     unit::manager::Systemd,
 };
 
 pub mod doctor;
+pub mod peers;
 pub mod server;
 
 /// All that the API can reach.
@@ -47,6 +50,10 @@ pub struct App {
     pub snapshots: Arc<Board>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
+    /// Other nodes.
+    pub peers: Peers,
+    /// Snapshots on their way to them.
+    pub replicas: Replicas,
     /// When ftd started.
     pub started: jiff::Timestamp,
 }
@@ -76,6 +83,9 @@ pub struct Status {
     pub snapshots: Vec<SnapshotStatus>,
     /// Faults that are not undone yet.
     pub faults: Vec<Record>,
+    /// How far snapshots are on other nodes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub replicas: Vec<ReplicaStatus>,
 }
 
 /// The probe, as `ftctl status` shows it.
@@ -176,6 +186,7 @@ impl App {
             units: self.supervisor.status(),
             snapshots: self.snapshots.all(),
             faults: self.faults.list(),
+            replicas: self.replicas.status(),
         }
     }
 
@@ -193,6 +204,8 @@ impl App {
             drops: &status.probe.drops,
             units: &status.units,
             faults: &status.faults,
+            peers: &self.peers.status().peers,
+            replicas: &status.replicas,
         })
     }
 }

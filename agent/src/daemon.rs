@@ -34,7 +34,9 @@ use crate::{
         supervisor::Supervisor,
     },
     inject::Faults,
+    peer::Peers,
     probe::{ProbeOptions, Slot, Source},
+    replicate,
     snapshot::{
         self,
         criu::unit,
@@ -168,6 +170,10 @@ async fn serve(config: Config) -> Result<()> {
         }
     }
 
+    // Other nodes.
+    let peers = Peers::start(&config, Arc::clone(&bus)).await;
+    let replicas = replicate::start(&config, &peers, &bus);
+
     // People.
     let faults = Faults::new(
         config.inject.clone(),
@@ -191,6 +197,8 @@ async fn serve(config: Config) -> Result<()> {
         source,
         snapshots: board,
         metrics,
+        peers,
+        replicas,
         started,
     });
     faults.recover_left_over();
@@ -220,7 +228,7 @@ async fn serve(config: Config) -> Result<()> {
     }
     notify(&[sd_notify::NotifyState::Stopping]);
     let last_deeds = async {
-        app.faults.end_all().await;
+        tokio::join!(app.faults.end_all(), app.peers.stop());
         let change = *app.supervisor.changes().borrow();
         app.saving.settled(change).await
     };

@@ -385,6 +385,138 @@ pub enum Kind {
         /// From the beginning to the end, milliseconds.
         took_ms: u64,
     },
+    /// Other nodes of the cluster can reach this one.
+    PeersReady {
+        /// This node's name in the cluster.
+        name: String,
+        /// Where it listens.
+        address: String,
+        /// Until when its certificate is valid.
+        until: jiff::Timestamp,
+    },
+    /// Other nodes cannot reach this one.
+    PeersBlocked {
+        /// Why.
+        cause: String,
+        /// What a person can do.
+        mend: String,
+    },
+    /// There is a connection with a peer.
+    PeerUp {
+        /// Its name.
+        peer: String,
+        /// Where it is reached.
+        address: String,
+        /// Its ftd's version.
+        version: String,
+    },
+    /// A peer that is up is reached over another address now.
+    PeerPath {
+        /// Its name.
+        peer: String,
+        /// Where it is reached now.
+        address: String,
+        /// What was the matter with the address before.
+        cause: String,
+    },
+    /// Nothing was heard of a peer for too long, or it said good-bye.
+    PeerDown {
+        /// Its name.
+        peer: String,
+        /// Why, as far as can be told.
+        cause: String,
+        /// What a person can do.
+        #[serde(default)]
+        mend: String,
+        /// How long it was up, milliseconds; absent when it never was in this run of ftd.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        up_ms: Option<u64>,
+    },
+    /// Somebody was turned away at the port for peers, or a peer turns this node away.
+    PeerRefused {
+        /// The address, or the peer's name; `many` for all that are too many to be named.
+        from: String,
+        /// Why.
+        cause: String,
+        /// What a person can do.
+        #[serde(default)]
+        mend: String,
+        /// How often since this was last told.
+        times: u64,
+    },
+    /// A node has joined the cluster, by a token of this node.
+    PeerJoined {
+        /// Its name.
+        peer: String,
+        /// From where.
+        address: String,
+    },
+    /// The certificates of a node were revoked by a person.
+    PeerRevoked {
+        /// Its name.
+        peer: String,
+    },
+    /// This node has a new certificate.
+    CertificateRenewed {
+        /// Until when it is valid.
+        until: jiff::Timestamp,
+    },
+    /// This node's certificate cannot be renewed. ftd keeps trying.
+    CertificateTrouble {
+        /// Why.
+        cause: String,
+        /// What a person can do.
+        mend: String,
+        /// Until when the one that there is is valid.
+        until: jiff::Timestamp,
+    },
+    /// A snapshot is on another node now, durable.
+    Replicated {
+        /// The workload.
+        workload: String,
+        /// The generation's number here.
+        generation: u64,
+        /// The other node.
+        peer: String,
+        /// Bytes that went over the wire: what was missing there.
+        bytes: u64,
+        /// How long it took, milliseconds.
+        took_ms: u64,
+    },
+    /// A snapshot of another node is here now, durable.
+    ReplicaTaken {
+        /// The workload.
+        workload: String,
+        /// The generation's number here.
+        generation: u64,
+        /// The node that has taken it.
+        peer: String,
+        /// Bytes that came over the wire.
+        bytes: u64,
+        /// How long it took, milliseconds.
+        took_ms: u64,
+    },
+    /// Another node still has not what it should have of a workload's snapshots. ftd keeps trying.
+    ReplicaBehind {
+        /// The workload.
+        workload: String,
+        /// The other node.
+        peer: String,
+        /// For how long, milliseconds.
+        behind_ms: u64,
+        /// Why, as far as is known.
+        cause: String,
+        /// What a person can do.
+        #[serde(default)]
+        mend: String,
+    },
+    /// It has all of it now.
+    ReplicaCaughtUp {
+        /// The workload.
+        workload: String,
+        /// The other node.
+        peer: String,
+    },
     /// A fault is injected now. Opens an operation.
     FaultInjected {
         /// Its id, for `ftctl inject recover`.

@@ -7,7 +7,8 @@
 //! telemetry             numbers for the outside
 //! inject                what is broken on purpose
 //! heal  cluster         decisions on this host / between hosts
-//! snapshot              state -> bytes that outlive it, and back
+//! replicate             snapshots of this host -> other nodes
+//! snapshot  peer        state -> bytes that outlive it, and back / other nodes
 //! unit  probe           systemd over D-Bus / kernel -> events
 //! event  config         the words that everything above speaks
 //! ```
@@ -21,7 +22,9 @@ pub mod daemon;
 pub mod event;
 pub mod heal;
 pub mod inject;
+pub mod peer;
 pub mod probe;
+pub mod replicate;
 pub mod snapshot;
 pub mod telemetry;
 pub mod unit;

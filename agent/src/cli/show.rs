@@ -16,6 +16,7 @@ use crate::{
     event::{Decision, Event, Healer, Kind, Process},
     heal::{machine::Phase, supervisor::UnitStatus},
     inject::Record,
+    replicate::ReplicaStatus,
     snapshot::criu::check::{Report, Severity},
 };
 
@@ -31,6 +32,16 @@ enum Colour {
 fn paint(text: &str, colour: Colour) -> String {
     let wanted = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
     if wanted { format!("\x1b[{}m{text}\x1b[0m", colour as u8) } else { text.to_owned() }
+}
+
+/// As what is well is shown.
+pub(super) fn good(text: &str) -> String {
+    paint(text, Colour::Green)
+}
+
+/// As what is not.
+pub(super) fn bad(text: &str) -> String {
+    paint(text, Colour::Red)
 }
 
 /// A line on standard output. A reader who has left (`ftctl events | head`) ends the program; a full disk
@@ -57,7 +68,7 @@ pub(super) fn plain(text: &str) -> String {
 }
 
 /// The same for every text in `value`.
-fn all_plain<T: Serialize + DeserializeOwned>(value: &T) -> Result<T, Failure> {
+pub(super) fn all_plain<T: Serialize + DeserializeOwned>(value: &T) -> Result<T, Failure> {
     fn walk(value: &mut Value) {
         match value {
             Value::String(text) => *text = plain(text),
@@ -152,6 +163,10 @@ pub(super) fn status(status: &Status) -> Result<(), Failure> {
         line("");
         faults(&status.faults)?;
     }
+    if !status.replicas.is_empty() {
+        line("");
+        replicas(&status.replicas);
+    }
     if let Some(cause) = &status.journal {
         line(&paint(&format!("the journal cannot be written: {cause}"), Colour::Red));
     }
@@ -243,6 +258,36 @@ fn row(unit: &UnitStatus) -> [String; 8] {
         unit.outages.to_string(),
         last,
     ]
+}
+
+fn replicas(replicas: &[ReplicaStatus]) {
+    let now = jiff::Timestamp::now();
+    let mut rows = table(&["SNAPSHOTS OF", "ON", "NEWEST", "THERE", "BEHIND", ""]);
+    let number = |number: Option<u64>| number.map_or_else(|| "-".to_owned(), |number| number.to_string());
+    for replica in replicas {
+        let lag = replica.lag(now).as_millis().try_into().unwrap_or(u64::MAX);
+        let behind = match replica.behind_since {
+            None => paint("no", Colour::Green),
+            Some(_) => paint(&took(lag), Colour::Yellow),
+        };
+        let what = match (&replica.sending, &replica.problem) {
+            (Some(sending), _) => {
+                let bytes = |bytes: u64| ByteSize(bytes).to_string();
+                format!("sending {}: {} of {}", sending.generation, bytes(sending.done), bytes(sending.total))
+            }
+            (None, Some((cause, _))) if replica.behind_since.is_some() => cause.clone(),
+            _ => String::new(),
+        };
+        rows.add_row([
+            replica.workload.clone(),
+            replica.peer.clone(),
+            number(replica.newest),
+            number(replica.there),
+            behind,
+            what,
+        ]);
+    }
+    line(&rows.trim_fmt());
 }
 
 pub(super) fn faults(faults: &Vec<Record>) -> Result<(), Failure> {
@@ -496,6 +541,54 @@ fn describe(kind: &Kind) -> (String, Option<Colour>) {
                 format!("RESTORED {workload} from snapshot {generation} in {took}: {files} files{processes}"),
                 Some(Green),
             )
+        }
+        Kind::PeersReady { name, address, until } => {
+            (format!("{name} is in the cluster, on {address}, certificate until {}", time(*until)), None)
+        }
+        Kind::PeersBlocked { cause, mend } => {
+            (format!("peers cannot reach this node: {cause}{}", mend_line(mend)), Some(Red))
+        }
+        Kind::PeerUp { peer, address, version } => {
+            (format!("peer {peer} is UP at {address} (ftd {version})"), Some(Green))
+        }
+        Kind::PeerPath { peer, address, cause } => {
+            (format!("peer {peer} is reached at {address} now: {cause}"), Some(Yellow))
+        }
+        Kind::PeerDown { peer, cause, mend, .. } => {
+            (format!("peer {peer} is DOWN: {cause}{}", mend_line(mend)), Some(Red))
+        }
+        Kind::PeerRefused { from, cause, mend, times } => {
+            let times = if *times > 1 { format!(" ({times} times)") } else { String::new() };
+            (format!("refused: {from}: {cause}{times}{}", mend_line(mend)), Some(Yellow))
+        }
+        Kind::PeerJoined { peer, address } => {
+            (format!("{peer} has joined the cluster, from {address}"), Some(Green))
+        }
+        Kind::PeerRevoked { peer } => (format!("{peer} is no longer in the cluster: revoked"), Some(Yellow)),
+        Kind::CertificateRenewed { until } => {
+            (format!("the certificate is renewed, until {}", time(*until)), None)
+        }
+        Kind::CertificateTrouble { cause, mend, until } => {
+            let until = time(*until);
+            (
+                format!("the certificate ends {until} and is not renewed: {cause}{}", mend_line(mend)),
+                Some(Red),
+            )
+        }
+        Kind::Replicated { workload, generation, peer, bytes, took_ms } => {
+            let (bytes, took) = (ByteSize(*bytes), took(*took_ms));
+            (format!("{workload}: generation {generation} is on {peer} ({bytes} in {took})"), Some(Grey))
+        }
+        Kind::ReplicaTaken { workload, generation, peer, bytes, took_ms } => {
+            let (bytes, took) = (ByteSize(*bytes), took(*took_ms));
+            (format!("{workload}: generation {generation} of {peer} is here ({bytes} in {took})"), Some(Grey))
+        }
+        Kind::ReplicaBehind { workload, peer, behind_ms, cause, mend } => {
+            let behind = took(*behind_ms);
+            (format!("{workload}: {peer} is {behind} behind: {cause}{}", mend_line(mend)), Some(Red))
+        }
+        Kind::ReplicaCaughtUp { workload, peer } => {
+            (format!("{workload}: {peer} has all snapshots again"), Some(Green))
         }
         Kind::FaultInjected { id, detail, .. } => (format!("FAULT {id}: {detail}"), Some(Yellow)),
         Kind::FaultUndone { id, why } => (format!("fault {id} is over ({why})"), None),

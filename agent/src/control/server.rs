@@ -38,7 +38,7 @@ use tokio::{
     },
 };
 
-use super::{App, CheckQuery, EventsQuery, Hold, Recover, Refusal, Release, doctor};
+use super::{App, CheckQuery, EventsQuery, Hold, Recover, Refusal, Release, doctor, peers};
 use crate::{
     config::{self, Api, Config},
     event::{Event, Kind, bus::Bus, journal},
@@ -191,6 +191,7 @@ fn whole() -> Router<Arc<App>> {
         .route("/v1/inject", post(inject))
         .route("/v1/recover", post(recover))
         .route("/v1/snapshots", post(told_of_snapshot))
+        .merge(peers::routes())
 }
 
 impl IntoResponse for Refusal {
@@ -245,9 +246,9 @@ async fn check(
     })
 }
 
-type Body_<T> = Result<Json<T>, JsonRejection>;
+pub(super) type Body_<T> = Result<Json<T>, JsonRejection>;
 
-fn parse<T>(body: Body_<T>) -> Result<T, Refusal> {
+pub(super) fn parse<T>(body: Body_<T>) -> Result<T, Refusal> {
     body.map(|Json(value)| value)
         .map_err(|error| refuse(error.body_text(), "ftctl and ftd are of different versions?"))
 }

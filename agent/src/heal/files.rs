@@ -113,7 +113,7 @@ pub async fn run(watch: Watch, hands: Hands) {
     };
     let mut trouble = Trouble::new("reading the snapshots", unit, &hands.bus, watch.settings.retry);
     let good = loop {
-        match hands.last_good(&watch.workload).await {
+        match hands.last_good(&watch).await {
             Ok(good) => break good,
             Err(error) => trouble.wait(&error).await,
         }
@@ -403,10 +403,16 @@ impl Task {
 }
 
 impl Hands {
-    async fn last_good(&self, workload: &str) -> Result<Option<u64>, String> {
-        let (store, workload) = (self.store.clone(), workload.to_owned());
-        let good =
-            tokio::task::spawn_blocking(move || store.last_good_of(&workload, store::Kind::Files)).await;
+    /// Of those that this node has taken: what another one sent is for the day when this one takes over.
+    async fn last_good(&self, watch: &Watch) -> Result<Option<u64>, String> {
+        let (store, workload, node) = (self.store.clone(), watch.workload.clone(), watch.node.clone());
+        let good = tokio::task::spawn_blocking(move || {
+            let own = |one: &store::Generation| {
+                one.good && one.about.kind == store::Kind::Files && one.about.node == node
+            };
+            store.generations(&workload).map(|all| all.into_iter().rfind(own))
+        })
+        .await;
         let good = good.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
         Ok(good.map(|generation| generation.number))
     }

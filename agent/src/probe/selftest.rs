@@ -920,7 +920,7 @@ fn full_filter(scene: &Scene) -> Check {
         let mut child = Child::start("ftd-last", &[&last.0], || 1)?;
         child.wait()?;
         let is_it = |event| matches!(event, ProbeEvent::Exit { process, .. } if process.pid == child.pid);
-        let end = Instant::now() + patience;
+        let end: Instant = Instant::now() + patience;
         let left = || end.saturating_duration_since(Instant::now());
         Ok::<_, io::Error>(std::iter::from_fn(|| events.recv_timeout(left()).ok()).any(is_it))
     };

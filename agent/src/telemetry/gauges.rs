@@ -7,6 +7,8 @@ use super::{
 use crate::{
     heal::{machine::Phase, supervisor::UnitStatus},
     inject::Record,
+    peer::{PeerState, PeerStatus},
+    replicate::ReplicaStatus,
 };
 
 /// All phases, so that each has a number for each unit.
@@ -44,12 +46,17 @@ pub struct Now<'a> {
     pub units: &'a [UnitStatus],
     /// Faults that are not undone.
     pub faults: &'a [Record],
+    /// Other nodes.
+    pub peers: &'a [PeerStatus],
+    /// How far snapshots are there.
+    pub replicas: &'a [ReplicaStatus],
 }
 
 impl Now<'_> {
     pub(super) fn write(&self, text: &mut Text) {
         self.write_agent(text);
         self.write_units(text);
+        self.write_peers(text);
     }
 
     fn write_agent(&self, text: &mut Text) {
@@ -71,6 +78,53 @@ impl Now<'_> {
         );
         for (cause, count) in self.drops {
             text.sample("ftd_probe_dropped_total", &[("cause", cause)], count);
+        }
+    }
+
+    fn write_peers(&self, text: &mut Text) {
+        let all = |value: &dyn Fn(&PeerStatus) -> Option<f64>| -> Vec<_> {
+            let one = |peer: &PeerStatus| Some((peer.name.clone(), value(peer)?));
+            self.peers.iter().filter_map(one).collect()
+        };
+        let mut gauge = |name: &str, help: &str, value: &dyn Fn(&PeerStatus) -> Option<f64>| {
+            text.family(name, Type::Gauge, help);
+            for (peer, value) in all(value) {
+                text.sample(name, &[("peer", &peer)], value);
+            }
+        };
+        gauge("ftd_peer_up", "1 if the peer is heard.", &|peer| {
+            Some(f64::from(u8::from(peer.state == PeerState::Up)))
+        });
+        gauge("ftd_peer_round_trip_seconds", "Median of the last heartbeats' round trips.", &|peer| {
+            peer.round_trip_us.map(|(median, _)| median as f64 / 1e6)
+        });
+        gauge("ftd_peer_loss_ratio", "Share of the last heartbeats that was lost.", &|peer| Some(peer.loss));
+        gauge("ftd_peer_sent_bytes_per_second", "What goes to the peer.", &|peer| {
+            Some(peer.sent_per_s as f64)
+        });
+        gauge("ftd_peer_received_bytes_per_second", "What comes from the peer.", &|peer| {
+            Some(peer.received_per_s as f64)
+        });
+        gauge("ftd_peer_certificate_end_seconds", "When its certificate ends, since 1970.", &|peer| {
+            peer.certificate.as_ref().map(|certificate| certificate.until.as_second() as f64)
+        });
+        let now = jiff::Timestamp::now();
+        let help = "How long a snapshot has waited to be on the peer; 0 when all are.";
+        text.family("ftd_replica_lag_seconds", Type::Gauge, help);
+        for replica in self.replicas {
+            let labels = [("workload", &*replica.workload), ("peer", &replica.peer)];
+            text.sample("ftd_replica_lag_seconds", &labels, replica.lag(now).as_secs_f64());
+        }
+        text.family(
+            "ftd_replica_taken_seconds",
+            Type::Gauge,
+            "When the newest snapshot there was taken, since 1970.",
+        );
+        for replica in self.replicas {
+            if let Some(taken) = replica.taken {
+                let labels = [("workload", &*replica.workload), ("peer", &replica.peer)];
+                text.sample("ftd_replica_taken_seconds", &labels, taken.as_millisecond() as f64 / 1e3);
+            }
         }
     }
 

@@ -17,6 +17,8 @@ const NOBODY: Now<'_> = Now {
     drops: &[],
     units: &[],
     faults: &[],
+    peers: &[],
+    replicas: &[],
 };
 
 fn text_of(events: &[(Option<&str>, Kind)], now: &Now<'_>) -> String {

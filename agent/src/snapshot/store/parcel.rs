@@ -20,7 +20,7 @@
 use std::{
     collections::{HashMap, HashSet},
     io::Read,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex},
 };
 
@@ -215,7 +215,7 @@ impl Store {
                         count += 1;
                     }
                 }
-                self.seal(name, writer)?;
+                self.seal(&name, writer)?;
             }
             self.disk().remove(&path)?;
         }
@@ -238,14 +238,14 @@ impl Store {
     }
 
     /// Makes a pack part of the store, durably. Nothing needs it yet, so no lock has to be held.
-    fn seal(&self, path: PathBuf, writer: Writer) -> Result<()> {
+    fn seal(&self, path: &Path, writer: Writer) -> Result<()> {
         if writer.len == Writer::EMPTY {
             drop(writer);
-            return self.disk().remove(&path);
+            return self.disk().remove(path);
         }
         writer.finish()?;
         let to = self.packs_dir().join(path.file_name().unwrap_or_default());
-        self.disk().rename(&path, &to)?;
+        self.disk().rename(path, &to)?;
         self.disk().sync_dir(&self.packs_dir())
     }
 
@@ -323,7 +323,7 @@ impl Reception {
             unpacker.check(&record, &mut content).map_err(Error::stream)?;
             bytes += HEAD as u64 + stored;
             if let Some((path, full)) = self.put(record, &unpacker.stored)? {
-                self.store.seal(path, full)?;
+                self.store.seal(&path, full)?;
             }
         }
     }
@@ -353,7 +353,7 @@ impl Reception {
     /// Makes durable what has arrived.
     pub fn flush(&self) -> Result<()> {
         let pack = locked(&self.state).pack.take();
-        pack.map_or(Ok(()), |(path, writer)| self.store.seal(path, writer))
+        pack.map_or(Ok(()), |(path, writer)| self.store.seal(&path, writer))
     }
 
     /// Makes it a generation, if all is there; good, if it is that where it comes from.
@@ -376,8 +376,8 @@ impl Reception {
                 drop(state);
                 let generation =
                     self.store.publish(Packing::new(&self.store, Quota::none(&self.store)), manifest)?;
-                let mut distrusted = self.store.distrusted();
-                self.chunks.iter().for_each(|(id, _)| drop(distrusted.remove(id)));
+                let chunks: HashSet<_> = self.chunks.iter().map(|(id, _)| *id).collect();
+                self.store.distrusted().retain(|id| !chunks.contains(id));
                 generation
             }
         };
