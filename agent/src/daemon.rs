@@ -13,7 +13,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
@@ -35,7 +35,7 @@ use crate::{
     },
     inject::Faults,
     peer::Peers,
-    probe::{ProbeOptions, Slot, Source},
+    probe::{self, ProbeOptions, Slot, Source},
     replicate,
     snapshot::{
         self,
@@ -84,6 +84,7 @@ fn lock(state_dir: &Path) -> Result<Flock<fs::File>> {
 }
 
 async fn serve(config: Config) -> Result<()> {
+    let begun = Instant::now();
     let state_dir = config.node.state_dir.clone();
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
@@ -166,7 +167,12 @@ async fn serve(config: Config) -> Result<()> {
     ));
     for (slot, check) in checks.into_iter().enumerate() {
         if let Some(check) = check {
-            tokio::spawn(health::watch(Arc::clone(&supervisor), Arc::clone(&bus), Slot(slot as u32), check));
+            let (systemd, supervisor, bus) = (systemd.clone(), Arc::clone(&supervisor), Arc::clone(&bus));
+            tokio::spawn(async move {
+                // So that the first question is asked at once, and not in vain.
+                systemd.looked().await;
+                health::watch(supervisor, bus, Slot(slot as u32), check).await;
+            });
         }
     }
 
@@ -214,10 +220,19 @@ async fn serve(config: Config) -> Result<()> {
     }
 
     let life = async {
-        // So that who waited for ftd is not shown `unknown`.
-        if tokio::time::timeout(ready_within, app.systemd.looked()).await.is_err() {
-            tracing::warn!("ready, though systemd has not told of every unit yet");
+        // Who waited for ftd can rely on it that nothing is missed: what happened before is decided, what comes is seen.
+        let decided = async {
+            app.systemd.looked().await;
+            look_for_ends(&app.supervisor);
+            app.supervisor.decided().await;
+        };
+        let in_time = tokio::time::timeout(ready_within, decided).await.is_ok();
+        let undecided = if in_time { Vec::new() } else { app.supervisor.undecided() };
+        if !undecided.is_empty() {
+            tracing::warn!(?undecided, "ready, though systemd has not said yet what is with every unit");
         }
+        let took_ms = begun.elapsed().as_millis().try_into().unwrap_or(u64::MAX);
+        bus.emit(None, None, Kind::AgentReady { took_ms, undecided });
         notify(&[sd_notify::NotifyState::Ready]);
         pat_watchdog().await;
     };
@@ -426,6 +441,16 @@ fn start_source(config: &Config, supervisor: &Arc<Supervisor>) -> Source {
     });
     let supervisor = Arc::clone(supervisor);
     Source::start(options.as_ref(), move |event| supervisor.on_probe(event))
+}
+
+/// Main processes that began to end before the kernel's watch on them did, and that systemd still took for alive when
+/// it was asked.
+fn look_for_ends(supervisor: &Supervisor) {
+    for (slot, pid) in supervisor.running() {
+        if let Some(end) = probe::ended(slot, pid) {
+            supervisor.on_probe(end);
+        }
+    }
 }
 
 fn tell_of_source(bus: &Bus, source: &Source) {

@@ -61,6 +61,15 @@ pub enum Kind {
         /// Whether the state of an earlier run was taken up.
         resumed: bool,
     },
+    /// ftd's start is over, as `systemctl start ftd` sees it. Every fault from the time before is in an event
+    /// with a lower number, and acted upon; what comes after this the kernel's probe sees.
+    AgentReady {
+        /// How long the start took, milliseconds.
+        took_ms: u64,
+        /// Units of which that does not hold: systemd had not said what is with them when `node.ready_within` was over.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        undecided: Vec<String>,
+    },
     /// ftd was told to stop; services go on without it.
     AgentStopped {},
     /// The kernel probes are attached.
@@ -256,6 +265,14 @@ pub enum Kind {
     /// Somebody else than ftd started it, and nothing was wrong before.
     Started {
         /// The main process; 0 when the unit has none.
+        main_pid: u32,
+    },
+    /// It is in another run than the one that ftd last saw: it ended, and was started again, while ftd was away or
+    /// could not reach systemd.
+    RestartedUnseen {
+        /// Who started it.
+        by: Healer,
+        /// The main process; 0 when the unit has none, or not yet.
         main_pid: u32,
     },
     /// Taken out of ftd's hands.

@@ -22,7 +22,7 @@ mod source;
 use std::{fs, io, path::PathBuf, time::Duration};
 
 pub use bpf::Probe;
-pub use pidfd::{PidfdError, PidfdWatch};
+pub use pidfd::{PidfdError, PidfdWatch, ended};
 use serde::{Deserialize, Serialize};
 pub use source::{FILTER_FULL, RING_FULL, Source, UNREADABLE};
 

@@ -445,3 +445,48 @@ fn numbers_for_prometheus_move_with_what_happens() {
         assert!(guide.contains(&format!("`{family}`")), "{family} is not in operations.md");
     }
 }
+
+/// A check that notes each question, and says no once somebody has made a file.
+const ASKED: &str = r#"
+[[workload]]
+name = "own"
+units = ["own"]
+health = "exec:/usr/local/bin/asked"
+health_every = "100ms"
+health_failures = 4
+health_grace = "5s"
+"#;
+
+#[test]
+fn a_hang_while_ftd_is_away_is_found_with_as_many_questions_as_any_other() {
+    let lab = Lab::new().unwrap();
+    let host = lab.boot("vm1", BootOptions::with_config(ASKED)).unwrap();
+    host.wait_running().unwrap();
+    let mut check = "#!/bin/sh\necho >> /run/asked\n".to_owned();
+    check.push_str(
+        "! [ -e /run/hangs ] || [ \"$(systemctl show -P MainPID own)\" != \"$(cat /run/hangs)\" ]\n",
+    );
+    host.write("/usr/local/bin/asked", check).unwrap();
+    host.sh("chmod +x /usr/local/bin/asked").unwrap();
+    own::start(&host, None).unwrap();
+    let mut events = Events::follow(&host).unwrap();
+    events.until_proven(&host, 1).unwrap();
+    // Long after the time in which failures do not count, which must not begin again with the new ftd.
+    events.until_settled(&host, Duration::from_secs(5)).unwrap();
+    let old = main_pid(&host, own::UNIT);
+    host.ok(["systemctl", "stop", "ftd"]).unwrap();
+    host.sh(&format!("echo {old} > /run/hangs; rm -f /run/asked")).unwrap();
+    host.ok(["systemctl", "start", "ftd"]).unwrap();
+    let mut events = Events::follow(&host).unwrap();
+    let hung = |e: &Value| e["event"] == "down" && e["unit"] == own::UNIT;
+    let said = harness::events::all(&host).unwrap();
+    let ready = said.iter().rposition(|e| e["event"] == "agent_ready").unwrap();
+    if !said[ready..].iter().any(hung) {
+        events.wait("the hang", LIMIT, hung).unwrap();
+    }
+    // At most one more question was asked before the unit was seen to be on its way down.
+    let asked: u32 = host.sh("wc -l < /run/asked").unwrap().trim().parse().unwrap();
+    assert!((4..=5).contains(&asked), "{asked} questions were asked until the hang was found");
+    events.until_proven(&host, 1).unwrap();
+    assert_ne!(main_pid(&host, own::UNIT), old);
+}

@@ -390,6 +390,14 @@ fn who(process: &Process) -> String {
     format!("{} (pid {}, uid {})", process.comm, process.pid, process.uid)
 }
 
+fn healer(by: Healer) -> &'static str {
+    match by {
+        Healer::Ftd => "ftd",
+        Healer::Systemd => "systemd",
+        Healer::Other => "somebody else",
+    }
+}
+
 /// The mend below the event; events of an older ftd have none.
 fn mend_line(mend: &str) -> String {
     if mend.is_empty() { String::new() } else { format!("\n      mend: {mend}") }
@@ -402,6 +410,14 @@ fn describe(kind: &Kind) -> (String, Option<Colour>) {
         Kind::AgentStarted { version, pid, resumed } => {
             let resumed = if *resumed { ", taking up where the last one was" } else { "" };
             (format!("ftd {version} started (pid {pid}){resumed}"), None)
+        }
+        Kind::AgentReady { took_ms, undecided } => {
+            let but = if undecided.is_empty() {
+                String::new()
+            } else {
+                format!(", though systemd has not said yet what is with {}", undecided.join(", "))
+            };
+            (format!("ready after {}{but}", took(*took_ms)), (!undecided.is_empty()).then_some(Yellow))
         }
         Kind::AgentStopped {} => ("ftd stopped".into(), None),
         Kind::ProbeReady { source, realtime, missing } => {
@@ -466,11 +482,7 @@ fn describe(kind: &Kind) -> (String, Option<Colour>) {
             (format!("decided after {after_us} us: {action}: {why}"), None)
         }
         Kind::Healed { by, took_ms, main_pid } => {
-            let by = match by {
-                Healer::Ftd => "ftd",
-                Healer::Systemd => "systemd",
-                Healer::Other => "somebody else",
-            };
+            let by = healer(*by);
             (format!("HEALED by {by} in {} (pid {main_pid})", took(*took_ms)), Some(Green))
         }
         Kind::HealFailed { attempt, error } => (format!("attempt {attempt} failed: {error}"), Some(Red)),
@@ -480,6 +492,10 @@ fn describe(kind: &Kind) -> (String, Option<Colour>) {
         }
         Kind::Left { why } => (format!("left down: {why}"), Some(Yellow)),
         Kind::Started { main_pid } => (format!("started by somebody (pid {main_pid})"), Some(Green)),
+        Kind::RestartedUnseen { by, main_pid } => {
+            let by = healer(*by);
+            (format!("it ended unseen by ftd, and was started by {by} (pid {main_pid})"), Some(Yellow))
+        }
         Kind::Held { until, reason } => {
             let until = until.map(|until| format!(" until {}", time(until))).unwrap_or_default();
             let reason = reason.as_ref().map(|r| format!(": {r}")).unwrap_or_default();

@@ -164,6 +164,17 @@ pub struct Saved {
     pub attempts: Vec<u64>,
     /// The health check that has succeeded at least once.
     pub proven: Option<String>,
+    /// The run in which it was last up; of this boot.
+    pub run: Option<Run>,
+}
+
+/// What tells one run of a unit from the next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Run {
+    /// [`UnitView::inactive_exit`]: it is there as soon as the run begins.
+    pub inactive_exit: u64,
+    /// [`UnitView::n_restarts`].
+    pub n_restarts: u32,
 }
 
 /// A hold.
@@ -301,11 +312,28 @@ pub struct Machine {
     proven: bool,
     /// Deliberately down, until it is up again.
     left: bool,
+    /// The run in which it was last up.
+    run: Option<Run>,
+    /// The same, as long as nothing is known of what became of it while nobody could look.
+    lost_sight: Option<Run>,
+    suspended: Duration,
+}
+
+/// The clocks that a machine starts with, as they are at that moment.
+#[derive(Debug, Clone, Copy)]
+pub struct Clocks {
+    /// The machine's own: CLOCK_BOOTTIME.
+    pub boot: BootNs,
+    /// How far CLOCK_MONOTONIC, which systemd tells times by, is behind it: it stands still in a suspended host.
+    pub suspended: Duration,
+    /// The wall's.
+    pub wall: jiff::Timestamp,
 }
 
 impl Machine {
-    /// A machine that takes up what an earlier ftd left, with both clocks as they are now.
-    pub fn new(policy: Policy, saved: Saved, now: BootNs, wall: jiff::Timestamp) -> Self {
+    /// A machine that takes up what an earlier ftd left.
+    pub fn new(policy: Policy, saved: Saved, clocks: Clocks) -> Self {
+        let Clocks { boot: now, suspended, wall } = clocks;
         let hold_ends = saved.held.as_ref().and_then(|held| held.until).map(|until| {
             let left = until.duration_since(wall);
             now.after(Duration::try_from(left).unwrap_or_default())
@@ -334,6 +362,9 @@ impl Machine {
             health_failures: 0,
             proven,
             left: saved.left,
+            run: saved.run,
+            lost_sight: saved.run.filter(|_| !saved.left && !saved.failed),
+            suspended,
         }
     }
 
@@ -345,6 +376,7 @@ impl Machine {
             left: self.left,
             attempts: self.attempts.iter().map(|at| at.0).collect(),
             proven: self.policy.health.as_ref().filter(|_| self.proven).map(|(check, ..)| check.clone()),
+            run: self.run,
         }
     }
 
@@ -360,6 +392,15 @@ impl Machine {
     /// Since when.
     pub fn phase_since(&self) -> BootNs {
         self.phase_since
+    }
+    /// Whether it is known what to do: not before systemd's first word, and not while the unit ends and systemd
+    /// has yet to say how.
+    pub fn is_decided(&self) -> bool {
+        match self.phase {
+            Phase::Unknown => self.reachable && !self.view.load_state.is_empty(),
+            Phase::Ending => self.outage.as_ref().is_some_and(|outage| outage.announced),
+            _ => true,
+        }
     }
     /// The hold, if there is one.
     pub fn held(&self) -> Option<&Held> {
@@ -385,6 +426,7 @@ impl Machine {
     /// Takes one input that happened at `at` (never later than `now`); answers what is to be done, in order.
     pub fn step(&mut self, at: BootNs, now: BootNs, input: Input) -> Vec<Output> {
         let mut out = Vec::new();
+        let run = self.run;
         match input {
             Input::View(view) => {
                 self.unpark(|_, _| true, now, &mut out);
@@ -422,6 +464,9 @@ impl Machine {
                 self.job = None;
                 self.out_of_reach(now);
             }
+        }
+        if self.run != run && !out.contains(&Output::Save) {
+            out.push(Output::Save);
         }
         out
     }
@@ -569,7 +614,7 @@ impl Machine {
             } else if !outage.announced {
                 // It ended and was started again before systemd said a word: a restart by hand.
                 self.outage = None;
-                self.enter(Phase::Up, now, None);
+                self.enter_up(now);
             } else if !outage.by_health {
                 self.healed(now, out);
             } else if self.phase == Phase::Unknown
@@ -577,7 +622,7 @@ impl Machine {
             {
                 // A new run, or one of which it is not known what has become meanwhile: it is asked.
                 self.health_failures = 0;
-                self.enter(Phase::Up, now, None);
+                self.enter_up(now);
             }
             return;
         }
@@ -587,13 +632,14 @@ impl Machine {
             Phase::Failed => {
                 self.attempts.clear();
                 self.in_a_row = 0;
-                self.enter(Phase::Up, now, None);
+                self.enter_up(now);
                 out.push(Output::Note(Kind::Released { by: "started by hand".into() }));
                 out.push(Output::Save);
             }
             _ => {
                 self.health_failures = 0;
-                self.enter(Phase::Up, now, None);
+                self.note_unseen(out);
+                self.enter_up(now);
                 if std::mem::take(&mut self.left) {
                     out.push(Output::Note(Kind::Started { main_pid }));
                     out.push(Output::Save);
@@ -617,8 +663,9 @@ impl Machine {
                 self.note_left_to_systemd(now, out);
             }
         } else if self.phase != Phase::Yielded {
+            self.note_unseen(out);
             // Somebody starts it. Without an outage there is nothing to be impatient about.
-            let patience = self.outage.as_ref().map(|_| heal.start_deadline);
+            let patience = self.outage.as_ref().map(|_| self.policy.heal.start_deadline);
             self.enter(Phase::Yielded, now, patience);
         }
     }
@@ -631,6 +678,7 @@ impl Machine {
             return;
         }
         if self.view.job != 0 {
+            self.note_unseen(out);
             if self.phase != Phase::Yielded {
                 self.enter(Phase::Yielded, now, Some(self.policy.heal.start_deadline));
             }
@@ -657,6 +705,12 @@ impl Machine {
             }
         } else if self.outage.is_none() {
             self.begin(cause, detail, now, clean);
+        } else if let Some(outage) = &mut self.outage
+            && !outage.announced
+            && outage.cause == Cause::Unknown
+        {
+            // Seen to be gone, and no more: systemd knows how it ended.
+            (outage.cause, outage.detail, outage.clean) = (cause, detail, clean);
         }
         let exited = self.outage.as_ref().is_some_and(|o| o.cause == Cause::Exited && !o.announced);
         if exited && self.policy.on_exit == OnStop::Respect {
@@ -738,6 +792,9 @@ impl Machine {
     /// systemd cannot be asked. Its first word when it can again decides how to go on.
     fn out_of_reach(&mut self, now: BootNs) {
         self.reachable = false;
+        if self.phase == Phase::Up {
+            self.lost_sight = self.run;
+        }
         if !matches!(self.phase, Phase::Failed | Phase::Left) {
             self.enter(Phase::Unknown, now, None);
         }
@@ -958,6 +1015,7 @@ impl Machine {
         let word = cause_of(&self.view);
         let main = self.view.exec_main_pid;
         let told = self.deaths.iter().rev().find(|death| main != 0 && death.pid == main);
+        let told = told.filter(|death| death.cause != Cause::Unknown);
         match told {
             Some(death)
                 if matches!(word.0, Cause::Killed | Cause::Crashed | Cause::ExitCode | Cause::Exited) =>
@@ -969,6 +1027,7 @@ impl Machine {
     }
 
     fn begin(&mut self, cause: Cause, detail: String, began: BootNs, clean: bool) {
+        self.lost_sight = None;
         self.outage = Some(Outage {
             cause,
             detail,
@@ -985,6 +1044,16 @@ impl Machine {
             told_held: false,
             told_attempt: 0,
         });
+    }
+
+    /// Tells, once, that it was started in another run than the one that it was last seen in, if nothing else tells.
+    fn note_unseen(&mut self, out: &mut Vec<Output>) {
+        let Some(run) = self.lost_sight.take() else { return };
+        let UnitView { inactive_exit, n_restarts, main_pid, .. } = self.view;
+        if self.outage.is_none() && (inactive_exit != run.inactive_exit || self.view.is_down()) {
+            let by = if n_restarts > run.n_restarts { Healer::Systemd } else { Healer::Other };
+            out.push(Output::Note(Kind::RestartedUnseen { by, main_pid }));
+        }
     }
 
     fn announce(&mut self, out: &mut Vec<Output>) {
@@ -1016,7 +1085,7 @@ impl Machine {
             Healer::Other
         };
         self.health_failures = 0;
-        self.enter(Phase::Up, now, None);
+        self.enter_up(now);
         out.push(Output::Note(Kind::Healed {
             by,
             took_ms: now.since(outage.began).as_millis().try_into().unwrap_or(u64::MAX),
@@ -1028,6 +1097,7 @@ impl Machine {
     fn leave(&mut self, why: &str, now: BootNs, out: &mut Vec<Output>) {
         let announced = self.outage.take().is_some_and(|o| o.announced);
         self.stopping = None;
+        self.lost_sight = None;
         self.left = true;
         self.enter(Phase::Left, now, None);
         out.push(Output::Note(Kind::Left { why: why.into() }));
@@ -1035,6 +1105,18 @@ impl Machine {
             out.push(Output::Close);
         }
         out.push(Output::Save);
+    }
+
+    /// It is up: from now on; or, where nobody looked when that began, since systemd says.
+    fn enter_up(&mut self, now: BootNs) {
+        let UnitView { active_enter, inactive_exit, n_restarts, .. } = self.view;
+        let late = self.phase == Phase::Unknown;
+        self.enter(Phase::Up, now, None);
+        if late && active_enter != 0 {
+            let since = BootNs(active_enter.saturating_mul(1000)).after(self.suspended);
+            self.phase_since = since.min(now);
+        }
+        self.run = Some(Run { inactive_exit, n_restarts });
     }
 
     fn enter(&mut self, phase: Phase, now: BootNs, limit: Option<Duration>) {

@@ -1,7 +1,8 @@
-//! What healing must not forget when ftd restarts: holds, units given up, attempts, proven checks.
+//! What healing must not forget when ftd restarts: holds, units given up, attempts, proven checks, the run that
+//! each unit was last seen in.
 //!
 //! One small JSON file, replaced as a whole (write, sync, rename, sync the directory), so that it is
-//! always the old or the new one. Attempts are times of the boot clock and count only in the same boot.
+//! always the old or the new one. Attempts and runs are told by the clocks of a boot and count only in the same boot.
 //!
 //! Saving is a task of its own ([`keep`]): a slow disk delays no heal. Many changes in a row are saved once. He
 //! who must know that a change is on disk, such as a person who holds a unit, waits for its number
@@ -57,7 +58,10 @@ impl Store {
         };
         let mut content: Content = serde_json::from_slice(&text)?;
         if content.boot_id != boot_id() {
-            content.units.values_mut().for_each(|unit| unit.attempts.clear());
+            for unit in content.units.values_mut() {
+                unit.attempts.clear();
+                unit.run = None;
+            }
         }
         Ok(content.units)
     }
@@ -142,19 +146,21 @@ pub fn boot_id() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::heal::machine::Run;
 
     #[test]
-    fn what_is_saved_is_loaded_and_attempts_of_another_boot_are_not() {
+    fn what_is_saved_is_loaded_and_what_is_of_another_boot_is_not() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::new(dir.path());
         assert!(store.load().unwrap().is_empty());
-        let saved = Saved { failed: true, attempts: vec![1, 2], ..Saved::default() };
+        let run = Some(Run { inactive_exit: 7, n_restarts: 1 });
+        let saved = Saved { failed: true, attempts: vec![1, 2], run, ..Saved::default() };
         store.save(BTreeMap::from([("a.service".into(), saved.clone())])).unwrap();
         assert_eq!(store.load().unwrap()["a.service"], saved);
         let other = fs::read_to_string(store.path()).unwrap().replace(&boot_id(), "another boot");
         fs::write(store.path(), other).unwrap();
         let loaded = &store.load().unwrap()["a.service"];
-        assert!(loaded.failed && loaded.attempts.is_empty());
+        assert!(loaded.failed && loaded.attempts.is_empty() && loaded.run.is_none());
     }
 
     #[test]

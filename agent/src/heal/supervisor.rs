@@ -12,7 +12,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 
-use super::machine::{Exit, Held, Input, JobId, Machine, Output, Phase, Policy, Saved};
+use super::machine::{Clocks, Exit, Held, Input, JobId, Machine, Output, Phase, Policy, Saved};
 use crate::{
     config::UnitConfig,
     event::{Cause, Kind, OpId, bus::Bus},
@@ -56,6 +56,7 @@ pub struct Supervisor {
     wake: watch::Sender<Option<BootNs>>,
     changes: watch::Sender<u64>,
     runs: watch::Sender<u64>,
+    decisions: watch::Sender<u64>,
 }
 
 #[derive(Debug)]
@@ -166,6 +167,14 @@ pub fn boot_now() -> BootNs {
     BootNs(now.as_nanos().try_into().unwrap_or(u64::MAX))
 }
 
+fn clocks() -> Clocks {
+    let monotonic = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map(Duration::from);
+    let boot = boot_now();
+    let suspended =
+        monotonic.map_or(Duration::ZERO, |behind| Duration::from_nanos(boot.0).saturating_sub(behind));
+    Clocks { boot, suspended, wall: jiff::Timestamp::now() }
+}
+
 impl Supervisor {
     /// A supervisor of `units`, which takes up what was `saved`; and the actions that it wants done.
     pub fn new(
@@ -174,7 +183,7 @@ impl Supervisor {
         mut saved: BTreeMap<String, Saved>,
         elsewhere_per_minute: u32,
     ) -> (Arc<Self>, mpsc::UnboundedReceiver<Action>) {
-        let (now, wall) = (boot_now(), jiff::Timestamp::now());
+        let clocks = clocks();
         let units = units.into_iter().map(|config| {
             let policy = Policy {
                 heal: config.heal.clone(),
@@ -182,7 +191,7 @@ impl Supervisor {
                 on_exit: config.on_exit,
                 health: config.health.as_ref().map(|h| (h.check.to_string(), h.failures, h.grace)),
             };
-            let machine = Machine::new(policy, saved.remove(&config.name).unwrap_or_default(), now, wall);
+            let machine = Machine::new(policy, saved.remove(&config.name).unwrap_or_default(), clocks);
             let id = config.name.clone();
             Unit { config, id, machine, op: None, cause: None, last: None, outages: 0, forks: 0, deaths: 0 }
         });
@@ -196,6 +205,7 @@ impl Supervisor {
             wake: watch::Sender::new(None),
             changes: watch::Sender::new(0),
             runs: watch::Sender::new(0),
+            decisions: watch::Sender::new(0),
         };
         supervisor.plan_wake(&supervisor.state());
         (Arc::new(supervisor), wanted)
@@ -225,9 +235,13 @@ impl Supervisor {
     fn feed_locked(&self, state: &mut State, slot: Slot, at: BootNs, input: Input) {
         let Some(unit) = state.units.get_mut(slot.0 as usize) else { return };
         let now = boot_now();
+        let undecided = !unit.machine.is_decided();
         let outputs = unit.machine.step(at.min(now), now, input);
         for output in outputs {
             self.put_out(unit, slot, now, output);
+        }
+        if undecided && unit.machine.is_decided() {
+            self.decisions.send_modify(|number| *number += 1);
         }
     }
 
@@ -381,6 +395,30 @@ impl Supervisor {
                 return;
             }
         }
+    }
+
+    /// Waits until of every unit it is known what to do: what happened before this was called, and that somebody
+    /// has told of, is told in events and acted upon when it returns.
+    pub async fn decided(&self) {
+        let mut decisions = self.decisions.subscribe();
+        // The sender lives as long as this.
+        while !self.undecided().is_empty() && decisions.changed().await.is_ok() {}
+    }
+
+    /// Units of which systemd has yet to say what is, or was, the matter with them.
+    pub fn undecided(&self) -> Vec<String> {
+        let state = self.state();
+        let undecided = state.units.iter().filter(|unit| !unit.machine.is_decided());
+        undecided.map(|unit| unit.id.clone()).collect()
+    }
+
+    /// The units that are up, with their main processes.
+    pub fn running(&self) -> Vec<(Slot, u32)> {
+        let state = self.state();
+        let units = state.units.iter().enumerate();
+        let up =
+            units.filter(|(_, unit)| unit.machine.phase() == Phase::Up && unit.machine.view().main_pid != 0);
+        up.map(|(slot, unit)| (Slot(slot as u32), unit.machine.view().main_pid)).collect()
     }
 
     /// systemd cannot be reached.

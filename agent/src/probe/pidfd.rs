@@ -198,6 +198,32 @@ impl Watched {
     }
 }
 
+/// The end of a process that is ending, has ended, or is gone; `None` if it lives. For processes of which nobody
+/// may have told, because they were already ending when they began to be watched.
+pub fn ended(slot: Slot, pid: u32) -> Option<ProbeEvent> {
+    let is_ending = |task: fs::DirEntry| {
+        let stat = fs::read(task.path().join("stat")).ok();
+        stat.and_then(|stat| Stat::parse(&String::from_utf8_lossy(&stat))).is_none_or(|stat| stat.is_ending())
+    };
+    // Its first thread may have ended and the others go on.
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+    if !tasks.map_or(true, |tasks| tasks.flatten().all(is_ending)) {
+        return None;
+    }
+    let at = BootNs(boot_ns());
+    let named = pidfd_open(pid).ok().and_then(|pidfd| {
+        let (stat, uid) = (Stat::read(pid)?, uid(pid)?);
+        Some(Watched { slot, pidfd, stat, uid })
+    });
+    Some(named.map_or_else(
+        || {
+            let process = Process { pid, comm: "(gone)".into(), uid: 0 };
+            ProbeEvent::Exit { at, slot: Some(slot), process, ppid: 0, status: None, run_ns: 0, max_rss: 0 }
+        },
+        |watched| watched.exit(at),
+    ))
+}
+
 fn pidfd_open(pid: u32) -> Result<OwnedFd, Errno> {
     // SAFETY: two integers; the answer is a descriptor of our own, or -1.
     let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
@@ -268,6 +294,8 @@ struct Stat {
     comm: String,
     state: char,
     ppid: u32,
+    /// `PF_` flags of the kernel.
+    flags: u32,
     /// Since boot.
     start_ticks: u64,
     /// Wait status of a zombie. `None` when it is shown as 0: that is a good end, or one that the
@@ -276,6 +304,13 @@ struct Stat {
 }
 
 impl Stat {
+    /// Dead, or on its way there: it executes nothing of its program any more.
+    fn is_ending(&self) -> bool {
+        /// include/linux/sched.h.
+        const PF_EXITING: u32 = 0x4;
+        matches!(self.state, 'Z' | 'X') || self.flags & PF_EXITING != 0
+    }
+
     fn read(pid: u32) -> Option<Self> {
         let bytes = fs::read(format!("/proc/{pid}/stat")).ok()?;
         Self::parse(&String::from_utf8_lossy(&bytes))
@@ -293,6 +328,7 @@ impl Stat {
             comm: comm.to_owned(),
             state: field(3)?.chars().next()?,
             ppid: field(4)?.parse().ok()?,
+            flags: field(9)?.parse().ok()?,
             start_ticks: field(22)?.parse().ok()?,
             exit_code: field(52).and_then(|code| code.parse().ok()).filter(|code| *code != 0),
         })
@@ -383,6 +419,49 @@ mod tests {
         assert_eq!(status, Some(ExitStatus::Signal { signal: 9, core: false }));
         child.wait().unwrap();
         assert!(matches!(watch.watch(Slot(3), child.id()), Err(PidfdError::Gone { .. })));
+    }
+
+    #[test]
+    fn an_end_that_nobody_told_of_is_seen_until_it_is_reaped_and_after() {
+        let mut child = child();
+        let pid = child.id();
+        assert!(ended(Slot(1), pid).is_none(), "it lives");
+        child.kill().unwrap();
+        while !Stat::read(pid).unwrap().is_ending() {
+            thread::yield_now();
+        }
+        let Some(ProbeEvent::Exit { slot, process, .. }) = ended(Slot(1), pid) else { panic!() };
+        assert_eq!((slot, process.pid, process.comm.as_str()), (Some(Slot(1)), pid, "cat"));
+        while Stat::read(pid).unwrap().state != 'Z' {
+            thread::yield_now();
+        }
+        let Some(ProbeEvent::Exit { status, .. }) = ended(Slot(1), pid) else { panic!() };
+        assert_eq!(status, Some(ExitStatus::Signal { signal: 9, core: false }));
+        child.wait().unwrap();
+        let Some(ProbeEvent::Exit { process, status, .. }) = ended(Slot(1), pid) else { panic!() };
+        assert_eq!((process.pid, status), (pid, None));
+    }
+
+    #[test]
+    fn a_process_lives_on_without_its_first_thread() {
+        // A program whose first thread ends and whose second waits for the end of input.
+        let program = "import ctypes, sys, threading; threading.Thread(target=sys.stdin.read).start(); \
+                       print(flush=True); ctypes.CDLL(None).pthread_exit(None)";
+        let python = Command::new("python3")
+            .args(["-c", program])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn();
+        let Ok(mut child) = python else {
+            eprintln!("skipped: it needs python3");
+            return;
+        };
+        while !Stat::read(child.id()).unwrap().is_ending() {
+            thread::yield_now();
+        }
+        assert!(ended(Slot(1), child.id()).is_none());
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     #[test]

@@ -15,6 +15,10 @@ struct Rig {
     view: UnitView,
 }
 
+pub(super) fn clocks(boot: u64) -> Clocks {
+    Clocks { boot: BootNs(boot), suspended: Duration::ZERO, wall: jiff::Timestamp::UNIX_EPOCH }
+}
+
 fn policy(on_stop: OnStop) -> Policy {
     let health = Some((CHECK.to_owned(), 3, Duration::from_secs(5)));
     Policy { heal: Heal::default(), on_stop, on_exit: OnStop::Restart, health }
@@ -44,9 +48,10 @@ impl Rig {
 
     /// A machine whose unit has been up for a minute.
     fn with(policy: Policy, saved: Saved) -> Self {
-        let machine = Machine::new(policy, saved, BootNs(S), jiff::Timestamp::UNIX_EPOCH);
+        let machine = Machine::new(policy, saved, clocks(S));
         let mut rig = Self { machine, now: S, view: up(100, 1) };
-        assert_eq!(rig.say(|_| {}), []);
+        rig.say(|_| {});
+        assert_eq!(rig.machine.phase(), Phase::Up);
         rig.now += 60 * S;
         rig
     }
@@ -319,7 +324,7 @@ fn a_restart_by_hand_is_nobody_elses_business() {
     rig.exit(100, ExitStatus::Code(0));
     assert_eq!(rig.state("inactive", "dead", "success"), []);
     assert_eq!(rig.state("activating", "start", "success"), []);
-    assert_eq!(rig.started(), []);
+    assert_eq!(rig.started(), [Output::Save], "it is a new run, and no more");
     assert_eq!(rig.machine.phase(), Phase::Up);
 }
 
@@ -498,11 +503,8 @@ fn a_crash_loop_backs_off_and_ends_in_failed_until_a_person_acts() {
 #[test]
 fn a_start_by_hand_ends_failed_too() {
     let saved = Saved { failed: true, ..Saved::default() };
-    let mut rig = Rig {
-        machine: Machine::new(policy(OnStop::Respect), saved, BootNs(S), jiff::Timestamp::UNIX_EPOCH),
-        now: S,
-        view: up(1, 1),
-    };
+    let mut rig =
+        Rig { machine: Machine::new(policy(OnStop::Respect), saved, clocks(S)), now: S, view: up(1, 1) };
     assert_eq!(rig.state("failed", "failed", "signal"), []);
     let outputs = rig.started();
     assert!(matches!(outputs[..], [Output::Note(Kind::Released { .. }), Output::Save]), "{outputs:?}");
@@ -613,7 +615,7 @@ fn a_hold_outlives_ftd() {
 #[test]
 fn what_happened_while_ftd_was_away_is_taken_up() {
     let look = |on_stop, saved, active: &str, result: &str| {
-        let machine = Machine::new(policy(on_stop), saved, BootNs(S), jiff::Timestamp::UNIX_EPOCH);
+        let machine = Machine::new(policy(on_stop), saved, clocks(S));
         let mut rig = Rig { machine, now: S, view: up(1, 1) };
         starts(&rig.state(active, "dead", result))
     };
@@ -622,6 +624,98 @@ fn what_happened_while_ftd_was_away_is_taken_up() {
     assert_eq!(look(OnStop::Respect, Saved::default(), "inactive", "success"), 0, "it may have been stopped");
     assert_eq!(look(OnStop::Restart, Saved { left: true, ..Saved::default() }, "inactive", "success"), 0);
     assert_eq!(look(OnStop::Restart, Saved { failed: true, ..Saved::default() }, "failed", "signal"), 0);
+}
+
+#[test]
+fn the_first_look_decides_unless_systemd_is_in_the_middle_of_an_end() {
+    let look = |active: &str, sub: &str, job| {
+        let machine = Machine::new(policy(OnStop::Respect), Saved::default(), clocks(S));
+        let mut rig = Rig { machine, now: S, view: UnitView { job, ..up(1, 1) } };
+        assert!(!rig.machine.is_decided(), "systemd has said nothing yet");
+        rig.state(active, sub, "signal");
+        rig
+    };
+    for (active, sub, job) in [
+        ("active", "running", 0),
+        ("failed", "failed", 0),
+        ("inactive", "dead", 0),
+        ("inactive", "dead", 7),
+        ("activating", "start", 7),
+        ("activating", "auto-restart", 0),
+    ] {
+        assert!(look(active, sub, job).machine.is_decided(), "{active} {sub} {job}");
+    }
+    let mut rig = look("deactivating", "stop-sigterm", 0);
+    assert!(!rig.machine.is_decided());
+    assert_eq!(starts(&rig.state("failed", "failed", "signal")), 1);
+    assert!(rig.machine.is_decided());
+    rig.step(Input::BusLost);
+    assert!(!rig.machine.is_decided());
+    rig.say(|view| view.load_state = "masked".into());
+    assert!(rig.machine.is_decided(), "there is nothing to decide");
+}
+
+#[test]
+fn an_end_of_which_nothing_is_known_is_undecided_until_systemd_says_what_it_was() {
+    let mut rig = Rig::new();
+    let process = Process { pid: 100, comm: "web".into(), uid: 0 };
+    rig.step(Input::Exit(Exit { process, ppid: 1, status: None, run_ns: 0, max_rss: 0 }));
+    assert!(!rig.machine.is_decided());
+    let outputs = rig.say(|view| {
+        (view.active_state, view.result, view.exec_main_pid) = ("failed".into(), "signal".into(), 100);
+        view.exec_main_status = libc::SIGKILL;
+    });
+    assert_eq!((cause(&outputs), starts(&outputs)), (Some(Cause::Killed), 1), "{outputs:?}");
+    assert!(rig.machine.is_decided());
+}
+
+#[test]
+fn a_run_that_began_while_ftd_was_away_is_told() {
+    let look = |saved: Saved, n_restarts| {
+        let machine = Machine::new(policy(OnStop::Respect), saved, clocks(S));
+        let mut rig = Rig { machine, now: S, view: UnitView { n_restarts, ..up(2, 20) } };
+        let outputs = rig.say(|_| {});
+        assert_eq!(rig.machine.saved().run, Some(Run { inactive_exit: 20, n_restarts }));
+        outputs.into_iter().find_map(|output| match output {
+            Output::Note(Kind::RestartedUnseen { by, main_pid: 2 }) => Some(by),
+            _ => None,
+        })
+    };
+    let saved = |inactive_exit| {
+        let run = Some(Run { inactive_exit, n_restarts: 3 });
+        Saved { run, ..Saved::default() }
+    };
+    assert_eq!(look(saved(20), 3), None, "the same run");
+    assert_eq!(look(saved(10), 4), Some(Healer::Systemd));
+    assert_eq!(look(saved(10), 0), Some(Healer::Other));
+    assert_eq!(look(Saved::default(), 0), None, "never seen before");
+    assert_eq!(look(Saved { left: true, ..saved(10) }, 0), None, "that is `started`");
+    // It is told at once, and once, when it is seen on its way up.
+    let machine = Machine::new(policy(OnStop::Respect), saved(10), clocks(S));
+    let mut rig = Rig { machine, now: S, view: up(2, 20) };
+    let unseen = |o: &Output| matches!(o, Output::Note(Kind::RestartedUnseen { by: Healer::Other, .. }));
+    assert!(rig.state("activating", "start", "success").iter().any(unseen));
+    assert!(!rig.state("active", "running", "success").iter().any(unseen));
+    // What ftd has seen is told in other ways, or not worth telling.
+    rig.state("deactivating", "stop-sigterm", "success");
+    rig.view.job = 5;
+    rig.state("inactive", "dead", "success");
+    rig.view.job = 0;
+    assert!(!rig.started().iter().any(unseen));
+    rig.step(Input::BusLost);
+    assert!(rig.started().iter().any(unseen));
+}
+
+#[test]
+fn the_time_in_which_failures_do_not_count_begins_with_the_service_and_not_with_ftd() {
+    let saved = Saved { proven: Some(CHECK.into()), ..Saved::default() };
+    for (since, counts) in [(50 * S, true), (58 * S, false)] {
+        let machine = Machine::new(policy(OnStop::Respect), saved.clone(), clocks(60 * S));
+        let mut rig = Rig { machine, now: 60 * S, view: up(100, since / 1_000) };
+        rig.say(|_| {});
+        let outputs: Vec<_> = (0..3).flat_map(|_| rig.step(Input::Health(Err("no".into())))).collect();
+        assert_eq!(cause(&outputs) == Some(Cause::Hung), counts, "{outputs:?}");
+    }
 }
 
 #[test]
@@ -748,7 +842,7 @@ proptest! {
     #[test]
     fn invariants(life in proptest::collection::vec(moves(), 1..200)) {
         let mut rig = Rig {
-            machine: Machine::new(policy(OnStop::Restart), Saved::default(), BootNs(S), jiff::Timestamp::UNIX_EPOCH),
+            machine: Machine::new(policy(OnStop::Restart), Saved::default(), clocks(S)),
             now: S,
             view: up(100, 1),
         };

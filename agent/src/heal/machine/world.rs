@@ -10,7 +10,8 @@
 //! - systemd's signals keep their order among themselves; the end of a job goes through one task more;
 //! - a request reaches systemd later than it was made, when the unit may be in another state;
 //! - a process may die at any moment: before systemd has said that it is up, and before the end of the job
-//!   that started it is known.
+//!   that started it is known;
+//! - ftd itself may be killed at any moment, and come back with no more than was saved by then.
 //!
 //! A failing case prints the life and the seed of its delays; proptest keeps it in proptest-regressions.
 
@@ -27,6 +28,8 @@ const S: u64 = 1_000 * MS;
 /// Time between two questions whether it answers, and how long after the last deed it is still asked.
 const ASK_EVERY: u64 = 500 * MS;
 const ASK_AFTER: u64 = 60 * S;
+/// A job that an earlier ftd asked for; the machine's own count from 1.
+const NOBODYS: JobId = JobId(0);
 
 /// What the world may do to the service.
 #[derive(Debug, Clone, Copy)]
@@ -41,6 +44,8 @@ enum Deed {
     Hang,
     /// The connection to systemd breaks; all that is under way on it is lost.
     BusLost,
+    /// ftd is killed, and started again.
+    KillFtd,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -75,8 +80,13 @@ enum Event {
     AutoRestart,
     /// The start that brings up this process is through.
     Through(u32),
-    /// The connection to systemd is back.
-    BusBack,
+    /// The machine learns that the connection to systemd is gone.
+    BusGone(u32),
+    /// The connection to systemd is back, after this one.
+    BusBack(u32),
+    /// What the machine wanted saved, in this life of ftd's, is on disk.
+    Saved(u32, Box<Saved>),
+    FtdBack,
     /// The service is asked whether it answers, until the last question.
     Ask,
     Tick,
@@ -94,6 +104,16 @@ enum Mind {
 
 struct World {
     machine: Machine,
+    policy: Policy,
+    /// How often ftd was killed.
+    life: u32,
+    /// ftd does not run.
+    away: bool,
+    /// The machine has yet to hear systemd's first word.
+    looking: bool,
+    saved: Saved,
+    /// When the last that was to be saved is: none overtakes it.
+    disk: u64,
     now: u64,
     queue: BinaryHeap<Reverse<(u64, u64)>>,
     events: Vec<Option<Event>>,
@@ -119,6 +139,8 @@ struct World {
     jobs: Vec<JobId>,
 
     session: u32,
+    /// The first connection of this ftd's.
+    life_began: u32,
     connected: bool,
     /// When the last signal on the connection arrives: none overtakes it.
     line: u64,
@@ -134,9 +156,15 @@ struct World {
 
 impl World {
     fn new(policy: Policy, restart: &'static str, seeing: bool, seed: u64) -> Self {
-        let machine = Machine::new(policy, Saved::default(), BootNs(S), jiff::Timestamp::UNIX_EPOCH);
+        let machine = Machine::new(policy.clone(), Saved::default(), tests::clocks(S));
         let mut world = Self {
             machine,
+            policy,
+            life: 0,
+            away: false,
+            looking: true,
+            saved: Saved::default(),
+            disk: 0,
             now: S,
             queue: BinaryHeap::new(),
             events: Vec::new(),
@@ -155,6 +183,7 @@ impl World {
             stop_job: false,
             jobs: Vec::new(),
             session: 0,
+            life_began: 0,
             connected: true,
             line: 0,
             wake: None,
@@ -416,11 +445,21 @@ impl World {
                 self.connected = false;
                 self.session += 1;
                 let lost = self.delay(MS, 10 * MS);
-                self.after(lost, Event::Kernel(Input::BusLost));
+                self.after(lost, Event::BusGone(self.session));
                 let away = lost + MS + self.delay(30 * MS, 2 * S);
-                self.after(away, Event::BusBack);
+                self.after(away, Event::BusBack(self.session));
             }
-            Deed::Start | Deed::BusLost => {}
+            Deed::KillFtd if !self.away => {
+                self.away = true;
+                self.life += 1;
+                self.connected = false;
+                self.session += 1;
+                // Whatever operation was open: nobody is left to close it.
+                self.opened = self.closed;
+                let away = 20 * MS + self.delay(300 * MS, 3 * S);
+                self.after(away, Event::FtdBack);
+            }
+            Deed::Start | Deed::BusLost | Deed::KillFtd => {}
         }
     }
 
@@ -436,6 +475,11 @@ impl World {
             Event::Request { session, job, restart } => {
                 if session == self.session && self.connected {
                     self.request(job, restart);
+                } else if session < self.life_began {
+                    // Of an ftd that is no more. It may have been on its way already.
+                    if self.below(2) == 0 {
+                        self.request(NOBODYS, restart);
+                    }
                 } else {
                     self.feed(Input::JobDone(job, JobOutcome::Unreachable));
                 }
@@ -447,7 +491,8 @@ impl World {
             }
             Event::Through(pid) if self.mind == Mind::Starting && pid == self.last_pid => {
                 self.mind = Mind::Up;
-                self.run += 1;
+                // As systemd does, by the time.
+                self.run = (self.run + 1).max(self.now / US);
                 let jobs = std::mem::take(&mut self.jobs);
                 self.tell();
                 for job in jobs {
@@ -455,15 +500,29 @@ impl World {
                 }
             }
             Event::AutoRestart | Event::Through(_) => {}
-            Event::BusBack => {
-                self.connected = true;
-                self.line = self.now;
+            Event::BusGone(session) if session == self.session => self.feed(Input::BusLost),
+            Event::BusBack(session) if session == self.session => {
                 // The machine's jobs of the old connection are nobody's now.
                 self.jobs.clear();
-                self.tell();
+                self.connect();
+            }
+            Event::BusGone(_) | Event::BusBack(_) => {}
+            Event::Saved(life, saved) => {
+                if life == self.life {
+                    self.saved = *saved;
+                }
+            }
+            Event::FtdBack => {
+                self.session += 1;
+                self.life_began = self.session;
+                (self.away, self.looking, self.wake) = (false, true, None);
+                let clocks = tests::clocks(self.now);
+                self.machine = Machine::new(self.policy.clone(), self.saved.clone(), clocks);
+                self.jobs.iter_mut().for_each(|job| *job = NOBODYS);
+                self.connect();
             }
             Event::Ask => {
-                if self.machine.phase() == Phase::Up {
+                if !self.away && self.machine.phase() == Phase::Up {
                     let well = self.alive.is_some() && self.answering && self.mind == Mind::Up;
                     self.feed(Input::Health(if well { Ok(()) } else { Err("no answer".into()) }));
                 }
@@ -472,14 +531,24 @@ impl World {
                 }
             }
             Event::Tick => {
-                if self.machine.wake().is_some_and(|wake| wake.0 <= self.now) {
+                if !self.away && self.machine.wake().is_some_and(|wake| wake.0 <= self.now) {
                     self.feed(Input::Tick);
                 }
             }
         }
     }
 
+    fn connect(&mut self) {
+        self.connected = true;
+        self.line = self.now;
+        self.tell();
+    }
+
     fn feed(&mut self, input: Input) {
+        if self.away {
+            return;
+        }
+        let word = matches!(input, Input::View(_));
         for output in self.machine.step(BootNs(self.now), BootNs(self.now), input) {
             let request = match output {
                 Output::Start(job) => Some((job, false)),
@@ -492,13 +561,22 @@ impl World {
                     self.closed += 1;
                     None
                 }
-                _ => None,
+                Output::Save => {
+                    self.disk = self.disk.max(self.now + self.delay(2 * MS, 50 * MS));
+                    self.at(self.disk, Event::Saved(self.life, Box::new(self.machine.saved())));
+                    None
+                }
+                Output::Note(_) => None,
             };
             if let Some((job, restart)) = request {
                 self.asked += 1;
                 let reaches = self.delay(300 * US, 20 * MS);
                 self.after(reaches, Event::Request { session: self.session, job, restart });
             }
+        }
+        if word && std::mem::take(&mut self.looking) {
+            let ending = self.machine.view().active_state == "deactivating";
+            assert!(self.machine.is_decided() || ending, "seen and not decided: {:?}", self.machine);
         }
         let wake = self.machine.wake().map(|at| at.0);
         if std::mem::replace(&mut self.wake, wake) != wake
@@ -533,6 +611,7 @@ fn deeds() -> impl Strategy<Value = Vec<(u64, Deed)>> {
         1 => Just(Deed::Restart),
         1 => Just(Deed::Hang),
         1 => Just(Deed::BusLost),
+        1 => Just(Deed::KillFtd),
     ];
     let gap = prop_oneof![0..MS, 0..30 * MS, 0..500 * MS, 0..20 * S];
     proptest::collection::vec((gap, deed), 1..25)
@@ -598,10 +677,10 @@ proptest! {
             prop_assert_eq!(world.machine.phase(), Phase::Up);
         } else {
             prop_assert_eq!(world.machine.phase(), Phase::Left, "{:?}", world.machine);
-            // A clean end while nothing can be asked of systemd looks like a stop afterwards.
+            // A clean end while ftd, or what it hears of systemd, is away looks like a stop afterwards.
             let clean = |deed: Deed| matches!(deed, Deed::Die(End::Code(0)));
             let looked_like_one = life.iter().any(|(_, deed)| clean(*deed))
-                && life.iter().any(|(_, deed)| matches!(deed, Deed::BusLost));
+                && life.iter().any(|(_, deed)| matches!(deed, Deed::BusLost | Deed::KillFtd));
             prop_assert!(world.stops > 0 || looked_like_one);
         }
     }
