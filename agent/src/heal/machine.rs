@@ -293,6 +293,8 @@ pub struct Machine {
     /// A job that is not ours takes, or took, the unit down: the run that it ends, as
     /// [`UnitView::inactive_exit`]. A start that was queued behind a death looks the same until it has begun.
     stopping: Option<u64>,
+    /// The job that had it reload last: should it end of that, then not because somebody stops it.
+    reload: u32,
     /// The job of ours that is under way. There is one only during an outage.
     job: Option<JobId>,
     /// The last one asked for.
@@ -349,6 +351,7 @@ impl Machine {
             hold_ends,
             outage: None,
             stopping: None,
+            reload: 0,
             job: None,
             last_job: JobId::default(),
             reachable: true,
@@ -578,11 +581,14 @@ impl Machine {
         if !before.load_state.is_empty() && !before.is_loaded() {
             out.push(Output::Note(Kind::UnitFound { alias: None }));
         }
+        if self.view.active_state == "reloading" {
+            self.reload = self.view.job;
+        }
         match self.view.active_state.as_str() {
             _ if self.view.is_active() => self.on_active(now, out),
             _ if self.view.is_down() => self.on_down(now, out),
             "deactivating" => {
-                if self.view.job != 0 && self.job.is_none() {
+                if self.view.job != 0 && self.view.job != self.reload && self.job.is_none() {
                     self.stopping = Some(self.view.inactive_exit);
                 }
                 if matches!(self.phase, Phase::Up | Phase::Unknown) {

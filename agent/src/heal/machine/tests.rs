@@ -307,6 +307,24 @@ fn a_stop_whose_exit_is_seen_first_is_still_a_stop() {
 }
 
 #[test]
+fn who_ends_while_it_reloads_was_not_stopped() {
+    let mut rig = Rig::new();
+    rig.say(|view| (view.active_state, view.job) = ("reloading".into(), 7));
+    rig.exit(100, ExitStatus::Code(7));
+    rig.state("deactivating", "stop-sigterm", "exit-code");
+    rig.state("failed", "failed", "exit-code");
+    let outputs = rig.say(|view| (view.job, view.exec_main_code, view.exec_main_status) = (0, 1, 7));
+    assert_eq!((cause(&outputs), starts(&outputs)), (Some(Cause::ExitCode), 1), "{outputs:?}");
+    // A stop in the middle of a reload is one.
+    let mut rig = Rig::new();
+    rig.say(|view| (view.active_state, view.job) = ("reloading".into(), 7));
+    rig.say(|view| (view.active_state, view.job) = ("deactivating".into(), 8));
+    rig.state("inactive", "dead", "success");
+    rig.say(|view| view.job = 0);
+    assert_eq!(rig.machine.phase(), Phase::Left);
+}
+
+#[test]
 fn a_start_that_meets_a_stop_gives_way() {
     let mut rig = Rig::new();
     rig.exit(100, ExitStatus::Code(143));
