@@ -203,6 +203,8 @@ impl App {
             delivered: status.probe.delivered,
             drops: &status.probe.drops,
             units: &status.units,
+            snapshots: &status.snapshots,
+            time: jiff::Timestamp::now(),
             faults: &status.faults,
             peers: &self.peers.status().peers,
             replicas: &status.replicas,

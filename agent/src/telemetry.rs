@@ -24,7 +24,7 @@ use gauges::Now;
 use text::{Histogram, Labels, Text, Type};
 
 /// Counters: name, and what it says of itself. In the order in which they are shown.
-const COUNTERS: [(&str, &str); 24] = [
+const COUNTERS: [(&str, &str); 31] = [
     (DEATHS, "Processes of a unit that ended, or crashed elsewhere (no unit), by how."),
     (OOM_KILLS, "Processes that the OOM killer chose."),
     (OUTAGES, "Outages of a unit, by cause."),
@@ -39,6 +39,13 @@ const COUNTERS: [(&str, &str); 24] = [
     (FILES_PUT_BACK, "Times that the last good files were put back."),
     (FILES_GOOD, "Times that changed files became good."),
     (FILES_TROUBLE, "Things that could not be done about files."),
+    (SNAPSHOTS, "Snapshots that were taken, by kind."),
+    (SNAPSHOT_BYTES, "Bytes of all that was in them."),
+    (SNAPSHOT_NEW_BYTES, "Bytes of that which the store did not have."),
+    (SNAPSHOT_STORED_BYTES, "Bytes that were written for it."),
+    (SNAPSHOTS_SKIPPED, "Snapshots that were due when the one before was not done."),
+    (SNAPSHOTS_FAILED, "Snapshots that were due and could not be taken."),
+    (RESTORES, "Times that a workload was made what it was in a snapshot."),
     (FAULTS_INJECTED, "Faults that were injected on purpose."),
     (FAULTS_UNDONE, "Faults that were undone."),
     (FAULT_TROUBLE, "Faults that could not be injected or undone."),
@@ -65,6 +72,13 @@ const FILES_BAD: &str = "ftd_files_bad_total";
 const FILES_PUT_BACK: &str = "ftd_files_put_back_total";
 const FILES_GOOD: &str = "ftd_files_good_total";
 const FILES_TROUBLE: &str = "ftd_files_trouble_total";
+const SNAPSHOTS: &str = "ftd_snapshots_total";
+const SNAPSHOT_BYTES: &str = "ftd_snapshot_bytes_total";
+const SNAPSHOT_NEW_BYTES: &str = "ftd_snapshot_new_bytes_total";
+const SNAPSHOT_STORED_BYTES: &str = "ftd_snapshot_stored_bytes_total";
+const SNAPSHOTS_SKIPPED: &str = "ftd_snapshots_skipped_total";
+const SNAPSHOTS_FAILED: &str = "ftd_snapshots_failed_total";
+const RESTORES: &str = "ftd_restores_total";
 const FAULTS_INJECTED: &str = "ftd_faults_injected_total";
 const FAULTS_UNDONE: &str = "ftd_faults_undone_total";
 const FAULT_TROUBLE: &str = "ftd_fault_trouble_total";
@@ -77,7 +91,7 @@ const BUS_LOST: &str = "ftd_systemd_lost_total";
 const UNCOUNTED: &str = "ftd_events_uncounted_total";
 
 /// Histograms: name, upper ends of the buckets, and what it says of itself.
-const HISTOGRAMS: [(&str, &[f64], &str); 2] = [
+const HISTOGRAMS: [(&str, &[f64], &str); 4] = [
     (
         HEAL,
         &[0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0],
@@ -88,8 +102,20 @@ const HISTOGRAMS: [(&str, &[f64], &str); 2] = [
         &[1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 1e-2, 0.1, 1.0, 10.0],
         "From the cause of an outage to the first decision, by what was decided.",
     ),
+    (
+        FROZEN,
+        &[1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0],
+        "How long processes stood still for a snapshot of them.",
+    ),
+    (
+        DURATION,
+        &[1e-3, 5e-3, 1e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0],
+        "From the beginning of a snapshot until it was durable.",
+    ),
 ];
 
+const FROZEN: &str = "ftd_snapshot_frozen_seconds";
+const DURATION: &str = "ftd_snapshot_duration_seconds";
 const HEAL: &str = "ftd_heal_seconds";
 const DECISION: &str = "ftd_decision_seconds";
 
@@ -162,6 +188,34 @@ impl Counted {
             Kind::FilesPutBack { .. } => self.count(FILES_PUT_BACK, unit),
             Kind::FilesGood { .. } => self.count(FILES_GOOD, unit),
             Kind::FilesTrouble { .. } => self.count(FILES_TROUBLE, unit),
+            Kind::SnapshotTaken {
+                workload,
+                kind,
+                frozen_us,
+                took_ms,
+                bytes,
+                new_bytes,
+                stored_bytes,
+                ..
+            } => {
+                let labels = vec![("workload", workload.clone()), ("kind", kind.clone())];
+                self.count(SNAPSHOTS, labels.clone());
+                self.add(SNAPSHOT_BYTES, labels.clone(), *bytes);
+                self.add(SNAPSHOT_NEW_BYTES, labels.clone(), *new_bytes);
+                self.add(SNAPSHOT_STORED_BYTES, labels.clone(), *stored_bytes);
+                self.observe(DURATION, labels.clone(), *took_ms as f64 / 1e3);
+                // Files are captured while the service runs.
+                if kind == "process" {
+                    self.observe(FROZEN, vec![("workload", workload.clone())], *frozen_us as f64 / 1e6);
+                }
+            }
+            Kind::SnapshotSkipped { workload, count, .. } => {
+                self.add(SNAPSHOTS_SKIPPED, vec![("workload", workload.clone())], *count);
+            }
+            Kind::SnapshotFailed { workload, .. } => {
+                self.count(SNAPSHOTS_FAILED, vec![("workload", workload.clone())]);
+            }
+            Kind::Restored { workload, .. } => self.count(RESTORES, vec![("workload", workload.clone())]),
             Kind::FaultInjected { fault, .. } => self.count(FAULTS_INJECTED, with("fault", fault.clone())),
             Kind::FaultUndone { .. } => self.count(FAULTS_UNDONE, unit),
             Kind::FaultTrouble { .. } => self.count(FAULT_TROUBLE, unit),

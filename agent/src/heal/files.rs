@@ -355,12 +355,20 @@ impl Task {
             }
             Output::Apply => {
                 let changed = Changed::new(&self.guard);
-                self.beside(async move { Input::Applied(apply(&watch, &hands, &changed).await) });
+                let given_up = self.given_up();
+                self.beside(async move { Input::Applied(apply(&watch, &hands, &changed, &given_up).await) });
             }
-            Output::Store => self.beside(async move {
-                let stored = tokio::task::spawn_blocking(move || store_files(&watch, &hands.store)).await;
-                Input::Stored(stored.map_err(|error| error.to_string()).flatten())
-            }),
+            Output::Store => {
+                let (unit, op, bus) = (watch.units.first().cloned(), self.op, Arc::clone(&hands.bus));
+                self.beside(async move {
+                    let stored = tokio::task::spawn_blocking(move || store_files(&watch, &hands.store)).await;
+                    let stored = stored.map_err(|error| error.to_string()).flatten();
+                    Input::Stored(stored.map(|(number, kind)| {
+                        bus.emit(unit.as_deref(), op, kind);
+                        number
+                    }))
+                });
+            }
             Output::PutBack(number) => self.beside(async move {
                 let (watching, store) = (Arc::clone(&watch), hands.store.clone());
                 let done = tokio::task::spawn_blocking(move || put_back(&watching, &store, number)).await;
@@ -504,14 +512,26 @@ fn about(watch: &Watch) -> About {
     }
 }
 
-fn store_files(watch: &Watch, store: &Store) -> Result<u64, String> {
+/// Stores the files as they are; answers the generation's number, and what is to be told of it.
+fn store_files(watch: &Watch, store: &Store) -> Result<(u64, Kind), String> {
     let (generation, _) = take(store, about(watch), &watch.selection).map_err(|error| error.to_string())?;
     let kind = Some(store::Kind::Files);
     let retention = Retention { count: Some(watch.settings.keep), kind, ..Retention::default() };
     if let Err(error) = store.retain(&watch.workload, &retention, jiff::Timestamp::now()) {
         tracing::warn!(%error, "old snapshots are not let go");
     }
-    Ok(generation.number)
+    let stats = &generation.stats;
+    let taken = Kind::SnapshotTaken {
+        workload: watch.workload.clone(),
+        generation: generation.number,
+        kind: "files".into(),
+        frozen_us: 0,
+        took_ms: stats.duration.as_millis().try_into().unwrap_or(u64::MAX),
+        bytes: stats.total,
+        new_bytes: stats.new,
+        stored_bytes: stats.stored,
+    };
+    Ok((generation.number, taken))
 }
 
 /// All of a generation is put in its place, and nothing else is left there. What is there now is stored before: an

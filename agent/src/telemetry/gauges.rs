@@ -9,6 +9,7 @@ use crate::{
     inject::Record,
     peer::{PeerState, PeerStatus},
     replicate::ReplicaStatus,
+    snapshot::schedule::{GenerationStatus, SnapshotStatus},
 };
 
 /// All phases, so that each has a number for each unit.
@@ -44,6 +45,10 @@ pub struct Now<'a> {
     pub drops: &'a [(String, u64)],
     /// Units under care.
     pub units: &'a [UnitStatus],
+    /// Snapshots of workloads that have any, or a schedule.
+    pub snapshots: &'a [SnapshotStatus],
+    /// The present moment.
+    pub time: jiff::Timestamp,
     /// Faults that are not undone.
     pub faults: &'a [Record],
     /// Other nodes.
@@ -57,6 +62,7 @@ impl Now<'_> {
         self.write_agent(text);
         self.write_units(text);
         self.write_peers(text);
+        self.write_snapshots(text);
     }
 
     fn write_agent(&self, text: &mut Text) {
@@ -174,6 +180,43 @@ impl Now<'_> {
                 text.sample("ftd_unit_phase", &labels, u8::from(unit.phase == phase));
             }
         }
+    }
+}
+
+impl Now<'_> {
+    fn write_snapshots(&self, text: &mut Text) {
+        let mut gauge = |name: &str, help: &str, value: &dyn Fn(&SnapshotStatus) -> Option<f64>| {
+            text.family(name, Type::Gauge, help);
+            for snapshots in self.snapshots {
+                if let Some(value) = value(snapshots) {
+                    text.sample(name, &[("workload", &snapshots.workload)], value);
+                }
+            }
+        };
+        let age = |generation: &Option<GenerationStatus>| {
+            let taken = generation.as_ref()?.time.as_millisecond();
+            Some((self.time.as_millisecond() - taken).max(0) as f64 / 1e3)
+        };
+        gauge("ftd_snapshot_newest_age_seconds", "Age of the newest snapshot.", &|one| age(&one.newest));
+        gauge("ftd_snapshot_good_age_seconds", "Age of the newest good snapshot.", &|one| age(&one.good));
+        gauge("ftd_snapshot_newest_bytes", "Bytes of all that the newest snapshot holds.", &|one| {
+            Some(one.newest.as_ref()?.bytes as f64)
+        });
+        gauge("ftd_snapshot_newest_new_bytes", "Of these, bytes that the store did not have.", &|one| {
+            Some(one.newest.as_ref()?.new_bytes as f64)
+        });
+        gauge("ftd_snapshot_interval_seconds", "Time between snapshots by the schedule.", &|one| {
+            Some(one.every_ms? as f64 / 1e3)
+        });
+        gauge("ftd_snapshot_running", "1 while one is being taken.", &|one| {
+            Some(u8::from(one.running).into())
+        });
+        gauge("ftd_snapshot_waiting", "1 while one is due and the workload does not serve.", &|one| {
+            Some(u8::from(one.waits.is_some()).into())
+        });
+        gauge("ftd_snapshot_failing", "1 if the last one that was due could not be taken.", &|one| {
+            Some(u8::from(one.failure.is_some()).into())
+        });
     }
 }
 

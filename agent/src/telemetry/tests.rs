@@ -4,6 +4,7 @@ use super::*;
 use crate::{
     event::{Cause, Decision, Healer, Process},
     heal::supervisor::UnitStatus,
+    snapshot::schedule::SnapshotStatus,
 };
 
 const NOBODY: Now<'_> = Now {
@@ -16,6 +17,8 @@ const NOBODY: Now<'_> = Now {
     delivered: 7,
     drops: &[],
     units: &[],
+    snapshots: &[],
+    time: jiff::Timestamp::UNIX_EPOCH,
     faults: &[],
     peers: &[],
     replicas: &[],
@@ -118,6 +121,46 @@ fn how_things_stand_is_the_status() {
     }
     // It has no health check.
     assert!(!text.contains("ftd_unit_health_proven{"), "{text}");
+}
+
+#[test]
+fn snapshots_have_ages_sizes_and_times() {
+    let taken = |kind: &str, frozen_us, new_bytes| {
+        let (workload, generation, kind) = ("w".to_owned(), 1, kind.to_owned());
+        let (took_ms, bytes, stored_bytes) = (300, 4096, 100);
+        Kind::SnapshotTaken { workload, generation, kind, frozen_us, took_ms, bytes, new_bytes, stored_bytes }
+    };
+    let skipped = Kind::SnapshotSkipped { workload: "w".into(), count: 3, why: String::new() };
+    let status: SnapshotStatus = serde_json::from_value(serde_json::json!({
+        "workload": "w", "every_ms": 5000, "running": false, "taken": 2, "skipped": 3, "failed": 0,
+        "newest": {
+            "generation": 2, "kind": "process", "time": "1970-01-01T00:00:10Z", "frozen_us": 20_000, "took_ms": 300,
+            "bytes": 4096, "new_bytes": 7, "stored_bytes": 100,
+        },
+    }))
+    .unwrap();
+    let now = Now { snapshots: &[status], time: jiff::Timestamp::from_second(12).unwrap(), ..NOBODY };
+    let events = [
+        (None, taken("process", 20_000, 4096)),
+        (None, taken("process", 30_000, 7)),
+        (None, taken("files", 0, 1)),
+        (None, skipped),
+    ];
+    let text = text_of(&events, &now);
+    for line in [
+        "ftd_snapshots_total{node=\"vm1\",workload=\"w\",kind=\"process\"} 2",
+        "ftd_snapshot_new_bytes_total{node=\"vm1\",workload=\"w\",kind=\"process\"} 4103",
+        "ftd_snapshot_frozen_seconds_sum{node=\"vm1\",workload=\"w\"} 0.05",
+        "ftd_snapshot_frozen_seconds_count{node=\"vm1\",workload=\"w\"} 2",
+        "ftd_snapshots_skipped_total{node=\"vm1\",workload=\"w\"} 3",
+        "ftd_snapshot_newest_age_seconds{node=\"vm1\",workload=\"w\"} 2",
+        "ftd_snapshot_newest_new_bytes{node=\"vm1\",workload=\"w\"} 7",
+        "ftd_snapshot_interval_seconds{node=\"vm1\",workload=\"w\"} 5",
+    ] {
+        assert_line(&text, line);
+    }
+    // There is no good one, and so it has no age.
+    assert!(!text.contains("ftd_snapshot_good_age_seconds{"), "{text}");
 }
 
 #[tokio::test]

@@ -54,7 +54,7 @@ impl Rig {
             settings: config.snapshot,
             node: "n".into(),
         };
-        let number = store_files(&watch, &store).unwrap();
+        let (number, _) = store_files(&watch, &store).unwrap();
         store.mark_good("w", number).unwrap();
         let hands = Hands {
             bus: Arc::clone(&bus),
