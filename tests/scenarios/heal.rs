@@ -336,11 +336,11 @@ fn a_held_unit_is_left_alone_until_the_hold_ends() {
 
 /// A follower of the ftd that systemd starts after one was killed.
 fn follow_again(host: &Host) -> Events {
-    let end = std::time::Instant::now() + harness::scaled(LIMIT);
+    let end = Instant::now() + harness::scaled(LIMIT);
     loop {
         match Events::follow(host) {
             Ok(events) => return events,
-            Err(error) => assert!(std::time::Instant::now() < end, "{error:#}"),
+            Err(error) => assert!(Instant::now() < end, "{error:#}"),
         }
         std::thread::sleep(Duration::from_millis(50));
     }

@@ -298,6 +298,17 @@ impl Task {
         }
     }
 
+    /// The units that ftd has given up for files that are put back: what kept them from serving is gone.
+    fn given_up(&self) -> Vec<String> {
+        if self.guard.phase() != Phase::Reverting {
+            return Vec::new();
+        }
+        let status = self.hands.supervisor.status().into_iter();
+        let given_up = status.filter(|unit| unit.phase == machine::Phase::Failed && unit.held.is_none());
+        let by_itself = |name: &String| self.down.get(name).is_some_and(|outage| outage.by_itself);
+        given_up.map(|unit| unit.unit).filter(by_itself).collect()
+    }
+
     fn heed(&mut self, event: &Event) {
         let Some(unit) = event.unit.as_ref().filter(|unit| self.watch.units.contains(unit)) else { return };
         match &event.kind {
@@ -671,14 +682,15 @@ async fn reload_definitions(watch: &Watch, hands: &Hands) -> Result<(), String> 
     Ok(())
 }
 
-async fn apply(watch: &Watch, hands: &Hands, changed: &Changed) -> Result<(), String> {
+async fn apply(watch: &Watch, hands: &Hands, changed: &Changed, given_up: &[String]) -> Result<(), String> {
     reload_definitions(watch, hands).await?;
     let (systemd, limit) = (&hands.systemd, watch.settings.apply_deadline);
     let content = changed.paths.iter().any(|path| !definition::is_unit_file(path));
     for (unit, definition) in watch.units.iter().zip(&watch.definitions) {
         let began = systemd.run_of(unit).await.map_err(|error| format!("{unit}: {error}"))?.began;
-        let result = if changed.paths.iter().any(|path| definition.needs_start(path) && is_newer(path, began))
-        {
+        let result = if given_up.contains(unit) {
+            systemd.start(unit, limit).await
+        } else if changed.paths.iter().any(|path| definition.needs_start(path) && is_newer(path, began)) {
             systemd.try_restart(unit, limit).await
         } else if content || changed.paths.is_empty() {
             systemd.reload_or_restart(unit, limit).await

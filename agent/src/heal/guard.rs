@@ -379,7 +379,7 @@ impl Guard {
                 // What was found meanwhile is out of date.
                 self.waiting = None;
                 out.push(Output::Look);
-                if std::mem::take(&mut self.taken_over) {
+                if std::mem::take(&mut self.taken_over) || self.is_to_blame() {
                     self.enter(Phase::Reverting, None);
                     out.push(Output::Apply);
                 } else {

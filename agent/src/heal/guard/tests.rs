@@ -143,6 +143,16 @@ fn files_with_which_somebody_restarted_the_service_into_its_end_are_put_back() {
 }
 
 #[test]
+fn files_that_the_checker_refuses_when_the_service_is_down_already_are_put_back_and_taken_over() {
+    let mut rig = Rig::new();
+    rig.now = 20 * S;
+    rig.goes_down();
+    rig.step(edit_at(19));
+    assert_eq!(puts_back(&rig.step(Input::Checked(Err("nonsense".into())))), Some(7));
+    assert!(rig.step(Input::PutBack(Ok(1))).contains(&Output::Apply));
+}
+
+#[test]
 fn who_mends_the_files_of_a_service_that_is_down_is_left_in_peace() {
     let mut rig = Rig::new();
     rig.now = 10 * S;
