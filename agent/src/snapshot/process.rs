@@ -248,7 +248,8 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
     done.map_err(|error| image_error("a thread")(io::Error::other(error)))
 }
 
-type Stored = (Generation, Option<Captured>);
+/// A generation, and the files in it.
+pub type Stored = (Generation, Option<Captured>);
 
 /// Has the store take what is in the directories.
 async fn feed(
@@ -261,7 +262,9 @@ async fn feed(
     blocking(move || store_all(&store, take, &dirs, cost, progress)).await?
 }
 
-fn store_all(
+/// Has the store take the images of units, each by its name and the directory that it was dumped into, and the files
+/// of the workload.
+pub fn store_all(
     store: &Store,
     take: Take,
     dirs: &[(String, PathBuf)],
@@ -288,16 +291,22 @@ fn store_all(
         for (file, size) in files {
             let path = dir.join(&file);
             let reader = File::open(&path).map_err(image_error(path.display().to_string()))?;
-            let reader = Counted { reader, done: &mut done, total, progress: &mut progress };
+            let mut advance = |bytes| {
+                done += bytes;
+                progress(done, total);
+            };
             let name = entry_name(number, &file);
             match regions.get(&file) {
                 Some(regions) => {
                     let run = |region: &images::Region| Run { address: region.address, len: region.len };
                     let runs: Vec<_> = regions.iter().map(run).collect();
                     let metadata = Metadata::new(KIND_MEMORY, &size).map_err(json)?;
-                    draft.add_image(&name, metadata, reader, &runs)?;
+                    draft.add_image(&name, metadata, reader, &runs, &mut advance)?;
                 }
-                None => draft.add(&name, Metadata::new(KIND_IMAGE, &size).map_err(json)?, reader)?,
+                None => {
+                    draft.add(&name, Metadata::new(KIND_IMAGE, &size).map_err(json)?, reader)?;
+                    advance(size);
+                }
             }
             names.push(file);
         }
@@ -323,23 +332,6 @@ fn files_in(dir: &Path) -> Result<Vec<(String, u64)>, ProcessError> {
     }
     files.sort();
     Ok(files)
-}
-
-/// Tells how much was read.
-struct Counted<'a> {
-    reader: File,
-    done: &'a mut u64,
-    total: u64,
-    progress: &'a mut Progress,
-}
-
-impl io::Read for Counted<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let count = self.reader.read(buffer)?;
-        *self.done += count as u64;
-        (self.progress)(*self.done, self.total);
-        Ok(count)
-    }
 }
 
 // === And back ===
@@ -410,30 +402,31 @@ impl Processes {
     /// Reads all images into a directory for as long as the answer lives. Every byte was checked when this returns.
     pub fn extract(&self, places: &Places, progress: &mut Progress) -> Result<Extracted, ProcessError> {
         let scratch = places.make(self.bytes)?;
-        let (mut units, mut done) = (Vec::new(), 0);
+        let mut units = Vec::new();
+        for dir in self.extract_to(scratch.path(), progress)? {
+            units.push((UnitImage::read(&dir)?.unit, dir));
+        }
+        Ok(Extracted { units, _scratch: scratch })
+    }
+
+    /// The same, into directories of this one: that of each unit, in their order.
+    pub fn extract_to(&self, dir: &Path, progress: &mut Progress) -> Result<Vec<PathBuf>, ProcessError> {
+        let (mut dirs, mut done) = (Vec::new(), 0);
         for (index, unit) in self.units.iter().enumerate() {
-            let dir = scratch.path().join(index.to_string());
+            let dir = dir.join(index.to_string());
             fs::create_dir(&dir).map_err(image_error(format!("{} cannot be made", dir.display())))?;
             for file in &unit.files {
                 let path = dir.join(file);
-                let failed = |error| image_error(format!("the image {}", path.display()))(error);
-                let mut reader = self.snapshot.open_entry(&entry_name(index, file))?;
-                let mut writer = File::create(&path).map_err(failed)?;
-                let mut buffer = vec![0; 1 << 20];
-                loop {
-                    let count = reader.read(&mut buffer).map_err(failed)?;
-                    if count == 0 {
-                        break;
-                    }
-                    io::Write::write_all(&mut writer, &buffer[..count]).map_err(failed)?;
-                    done += count as u64;
+                let writer = File::create_new(&path);
+                let writer = writer.map_err(image_error(format!("the image {}", path.display())))?;
+                self.snapshot.extract(&entry_name(index, file), &writer, &mut |bytes| {
+                    done += bytes;
                     progress(done, self.bytes);
-                }
+                })?;
             }
-            let image = UnitImage::read(&dir)?;
-            units.push((image.unit, dir));
+            dirs.push(dir);
         }
-        Ok(Extracted { units, _scratch: scratch })
+        Ok(dirs)
     }
 }
 

@@ -53,6 +53,7 @@ mod cut;
 mod disk;
 mod draft;
 mod error;
+mod extract;
 #[doc(hidden)]
 pub mod fuzz;
 mod index;
@@ -61,6 +62,7 @@ mod notice;
 mod pack;
 mod packing;
 mod parcel;
+mod print;
 mod read;
 mod sweep;
 mod transfer;
@@ -70,7 +72,7 @@ mod verify;
 mod tests;
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fs::{self, File, OpenOptions},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -91,7 +93,13 @@ pub use self::{
     sweep::{Freed, Retention},
     verify::{Damage, Verified},
 };
-use self::{disk::Disk, index::Index, manifest::FORMAT, packing::Packing};
+use self::{
+    disk::Disk,
+    index::Index,
+    manifest::FORMAT,
+    packing::Packing,
+    print::{Known, Printer},
+};
 
 /// How a store works.
 #[derive(Debug, Clone)]
@@ -183,6 +191,9 @@ struct Inner {
     index: Mutex<Arc<Index>>,
     /// Chunks of which a damaged copy was seen: these are stored again when they come along.
     distrusted: Mutex<HashSet<manifest::Id>>,
+    printer: Arc<Printer>,
+    /// Of each workload: the chunks of the images of the newest generation that was taken here.
+    known: Mutex<HashMap<String, Arc<Known>>>,
 }
 
 /// As long as this lives, nobody else writes.
@@ -208,6 +219,8 @@ impl Store {
             disk,
             index: Mutex::default(),
             distrusted: Mutex::default(),
+            printer: Arc::new(Printer::new()),
+            known: Mutex::default(),
         };
         let store = Self { inner: Arc::new(inner) };
         for dir in [store.dir().to_owned(), store.new_dir(), store.packs_dir(), store.generations_dir()] {

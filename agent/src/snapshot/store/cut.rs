@@ -1,6 +1,6 @@
 //! Where content is cut into chunks, so that what has not changed gives the same chunks again.
 //!
-//! - An ordinary file is cut by its content ([`ByContent`]): an insertion changes the chunks around it, and those
+//! - An ordinary file is cut by its content ([`by_content`]): an insertion changes the chunks around it, and those
 //!   behind it stay what they were, though all their offsets have moved.
 //! - A memory image is cut by address ([`ByAddress`]). It holds the pages that a process has at the moment, one
 //!   after the other, so that one page more or less moves all that follow. But a page's *address* stays, and the
@@ -12,32 +12,18 @@ use fastcdc::v2020::FastCDC;
 /// No chunk is larger than this, whatever the settings say: readers need no more memory for one than this.
 pub(super) const MAX_CHUNK: u32 = 1 << 20;
 
-/// Decides where the next chunk ends.
-pub(super) trait Cut {
-    /// The length of the chunk at the beginning of `bytes`, which is not empty. `None`: more bytes are needed to
-    /// tell; never when these are the `last` ones, or more than [`MAX_CHUNK`].
-    fn next(&mut self, bytes: &[u8], last: bool) -> Option<usize>;
-}
-
-/// Cuts by content; the average size of a chunk is given.
-#[derive(Debug)]
-pub(super) struct ByContent {
-    pub(super) average: u32,
-}
-
-impl Cut for ByContent {
-    fn next(&mut self, bytes: &[u8], last: bool) -> Option<usize> {
-        let (min, max) = (self.average / 4, self.average * 4);
-        if !last && bytes.len() < max as usize {
-            return None;
-        }
-        if bytes.len() <= min as usize {
-            return Some(bytes.len());
-        }
-        let (_, end) =
-            FastCDC::new(bytes, min as usize, self.average as usize, max as usize).cut(0, bytes.len());
-        Some(end.clamp(1, bytes.len()))
+/// Cuts by content: the length of the chunk at the beginning of `bytes`, which is not empty. `None`: more bytes are
+/// needed to tell; never when these are the `last` ones, or as many as four times the `average` size of a chunk.
+pub(super) fn by_content(average: u32, bytes: &[u8], last: bool) -> Option<usize> {
+    let (min, max) = (average / 4, average * 4);
+    if !last && bytes.len() < max as usize {
+        return None;
     }
+    if bytes.len() <= min as usize {
+        return Some(bytes.len());
+    }
+    let (_, end) = FastCDC::new(bytes, min as usize, average as usize, max as usize).cut(0, bytes.len());
+    Some(end.clamp(1, bytes.len()))
 }
 
 /// A run of memory in an image: `len` bytes of the content that lie one after the other from `address` on.
@@ -49,7 +35,8 @@ pub struct Run {
     pub len: u64,
 }
 
-/// Cuts where the address passes a multiple of the chunk size, or goes back.
+/// Cuts where the address passes a multiple of the chunk size, or goes back: the lengths of the chunks, in order. It
+/// takes no look at the content.
 #[derive(Debug)]
 pub(super) struct ByAddress<'a> {
     /// Chunk size, a power of two.
@@ -59,12 +46,15 @@ pub(super) struct ByAddress<'a> {
     now: Option<Run>,
     /// Of the content that no run covers: how much was cut.
     beyond: u64,
+    /// Content that is still to be cut.
+    left: u64,
 }
 
 impl<'a> ByAddress<'a> {
-    /// Of content that consists of these runs. What is behind the last is cut as if it began at address 0.
-    pub(super) fn new(size: u32, runs: &'a [Run]) -> Self {
-        Self { size: u64::from(size), runs: runs.iter(), now: None, beyond: 0 }
+    /// Of a content of this length that consists of these runs. What is behind the last is cut as if it began at
+    /// address 0.
+    pub(super) fn new(size: u32, runs: &'a [Run], len: u64) -> Self {
+        Self { size: u64::from(size), runs: runs.iter(), now: None, beyond: 0, left: len }
     }
 
     /// The run whose bytes come next.
@@ -102,14 +92,13 @@ impl<'a> ByAddress<'a> {
     }
 }
 
-impl Cut for ByAddress<'_> {
-    fn next(&mut self, bytes: &[u8], last: bool) -> Option<usize> {
-        // A chunk of an image is at most `size` long, so that with as much there is nothing to wait for.
-        if !last && (bytes.len() as u64) < self.size {
-            return None;
-        }
-        let len = self.window().max(1);
-        Some(usize::try_from(len).map_or(bytes.len(), |len| len.min(bytes.len())))
+impl Iterator for ByAddress<'_> {
+    type Item = u64;
+
+    fn next(&mut self) -> Option<u64> {
+        let len = self.window().max(1).min(self.left);
+        self.left -= len;
+        (len > 0).then_some(len)
     }
 }
 
@@ -119,12 +108,13 @@ mod tests {
 
     use super::*;
 
-    fn lengths(mut cut: impl Cut, bytes: &[u8], step: usize) -> Vec<usize> {
+    /// The lengths of the chunks when so many bytes more arrive at a time.
+    fn by_content_in(bytes: &[u8], step: usize) -> Vec<usize> {
         let (mut at, mut seen, mut all) = (0, 0, Vec::new());
         while at < bytes.len() {
             seen = (seen + step).min(bytes.len());
             while at < seen
-                && let Some(len) = cut.next(&bytes[at..seen], seen == bytes.len())
+                && let Some(len) = by_content(4096, &bytes[at..seen], seen == bytes.len())
             {
                 all.push(len);
                 at += len;
@@ -141,9 +131,8 @@ mod tests {
             |pages: &[u64]| pages.iter().map(|p| Run { address: p * page, len: page }).collect::<Vec<_>>();
         let cuts = |pages: &[u64]| {
             let runs = runs(pages);
-            let cut = ByAddress::new(u32::try_from(size).unwrap(), &runs);
-            let pages = lengths(cut, &vec![0; pages.len() * 4096], 1 << 20);
-            pages.iter().map(|len| len / 4096).collect::<Vec<_>>()
+            let cut = ByAddress::new(u32::try_from(size).unwrap(), &runs, pages.len() as u64 * page);
+            cut.map(|len| len / page).collect::<Vec<_>>()
         };
         assert_eq!(cuts(&[0, 1, 2, 3, 4, 5, 9, 17, 18]), [4, 2, 1, 2]);
         assert_eq!(cuts(&[0, 1, 2, 3, 4, 5, 7, 9, 17, 18]), [4, 3, 1, 2]);
@@ -154,8 +143,8 @@ mod tests {
     #[test]
     fn content_behind_the_runs_is_cut_too() {
         let runs = [Run { address: 4096, len: 4096 }];
-        let cut = ByAddress::new(16384, &runs);
-        assert_eq!(lengths(cut, &vec![0; 4096 + 40000], 1000), [4096, 16384, 16384, 7232]);
+        let cut = ByAddress::new(16384, &runs, 4096 + 40000);
+        assert_eq!(cut.collect::<Vec<_>>(), [4096, 16384, 16384, 7232]);
     }
 
     proptest! {
@@ -168,14 +157,13 @@ mod tests {
             super::super::tests::noise(seed, &mut bytes);
             let runs: Vec<_> =
                 runs.iter().map(|(at, len)| Run { address: at * 1000, len: len * 1000 }).collect();
-            let by_address = lengths(ByAddress::new(16384, &runs), &bytes, step);
-            prop_assert_eq!(by_address.iter().sum::<usize>(), len);
+            let by_address: Vec<_> = ByAddress::new(16384, &runs, len as u64).collect();
+            prop_assert_eq!(by_address.iter().sum::<u64>(), len as u64);
             prop_assert!(by_address.iter().all(|len| (1..=16384).contains(len)));
-            prop_assert_eq!(by_address, lengths(ByAddress::new(16384, &runs), &bytes, len.max(1)));
-            let by_content = lengths(ByContent { average: 4096 }, &bytes, step);
+            let by_content = by_content_in(&bytes, step);
             prop_assert_eq!(by_content.iter().sum::<usize>(), len);
             prop_assert!(by_content.iter().all(|len| (1..=16384).contains(len)));
-            prop_assert_eq!(by_content, lengths(ByContent { average: 4096 }, &bytes, len.max(1)));
+            prop_assert_eq!(by_content, by_content_in(&bytes, len.max(1)));
         }
     }
 }

@@ -69,7 +69,7 @@ impl Snapshot {
         Error::stream(cause)
     }
 
-    fn error(&self, entry: &Entry, offset: u64, cause: String) -> Error {
+    pub(super) fn error(&self, entry: &Entry, offset: u64, cause: String) -> Error {
         Error::Chunk {
             workload: self.manifest.about.workload.clone(),
             number: self.manifest.number,

@@ -89,6 +89,14 @@ fn metadata() -> Metadata {
     Metadata::new("file", &0o644).unwrap()
 }
 
+/// A file without a name that holds this.
+fn file(bytes: &[u8]) -> File {
+    use std::io::Write as _;
+    let mut file = tempfile::tempfile_in("/dev/shm").or_else(|_| tempfile::tempfile()).unwrap();
+    file.write_all(bytes).unwrap();
+    file
+}
+
 fn take(store: &Store, workload: &str, entries: &[(&str, &[u8])]) -> Result<u64> {
     take_of(store, about(workload), entries)
 }
@@ -109,6 +117,17 @@ fn read(store: &Store, workload: &str, number: u64, entry: &str) -> Result<Vec<u
     }
 }
 
+/// An entry of workload `w` as it is written to a file.
+fn extracted(store: &Store, number: u64, entry: &str) -> Result<Vec<u8>> {
+    let mut file = file(b"");
+    let mut done = 0;
+    store.snapshot("w", number)?.extract(entry, &file, &mut |more| done += more)?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).unwrap();
+    assert_eq!(done, bytes.len() as u64);
+    Ok(bytes)
+}
+
 /// What a node of another name has taken.
 fn from_elsewhere(workload: &str) -> About {
     About { node: "elsewhere".into(), ..about(workload) }
@@ -127,6 +146,7 @@ fn what_is_taken_is_read_back_and_unchanged_chunks_are_stored_once() {
         [(first, "a", &a), (first, "b", &b), (first, "empty", &vec![]), (second, "a", &changed)]
     {
         assert!(read(&lab.store, "w", number, entry).unwrap() == *bytes, "{number} {entry}");
+        assert!(extracted(&lab.store, number, entry).unwrap() == *bytes, "{number} {entry}");
     }
     let all = lab.store.generations("w").unwrap();
     assert_eq!(all.iter().map(|generation| generation.number).collect::<Vec<_>>(), [1, 2]);
@@ -150,9 +170,12 @@ fn an_image_whose_pages_move_gives_the_same_chunks_and_zeros_cost_nothing() {
     };
     let taken = |(bytes, runs): (Vec<u8>, Vec<Run>)| {
         let mut draft = lab.store.begin(about("w")).unwrap();
-        draft.add_image("pages", metadata(), bytes.as_slice(), &runs).unwrap();
+        let mut done = 0;
+        draft.add_image("pages", metadata(), file(&bytes), &runs, &mut |more| done += more).unwrap();
+        assert_eq!(done, bytes.len() as u64);
         let generation = draft.commit().unwrap();
         assert!(read(&lab.store, "w", generation.number, "pages").unwrap() == bytes);
+        assert!(extracted(&lab.store, generation.number, "pages").unwrap() == bytes);
         generation.stats
     };
     let pages: Vec<u64> = (100..200).collect();
@@ -197,6 +220,62 @@ fn an_entry_that_cannot_be_read_is_said_and_the_draft_goes_on_without_it() {
     assert_eq!(read(&lab.store, "w", 1, "a").unwrap(), b"1");
     assert_eq!(read(&lab.store, "w", 1, "c").unwrap(), b"3");
     assert!(matches!(read(&lab.store, "w", 1, "b"), Err(Error::NoEntry { .. })));
+}
+
+#[test]
+fn an_image_whose_chunks_have_been_swept_or_damaged_is_stored_again() {
+    let mut lab = Lab::with(Settings { threads: 0, ..settings() });
+    let images: Vec<_> = (1..=3).map(|seed| content(seed, 300_000)).collect();
+    let taken = |lab: &Lab, bytes: &[u8]| {
+        let mut draft = lab.store.begin(about("w")).unwrap();
+        draft.add_image("pages", metadata(), file(bytes), &[], &mut |_| ()).unwrap();
+        draft.commit().unwrap()
+    };
+    let new = taken(&lab, &images[0]).stats.new;
+    assert!(new > 100_000);
+    assert_eq!(taken(&lab, &images[0]).stats.new, 0);
+    // Another process sweeps both away.
+    let other = Store::open(lab.dir.path(), settings()).unwrap();
+    take(&other, "w", &[("a", b"3")]).unwrap();
+    other.sweep(&Retention { count: Some(1), ..Retention::default() }, jiff::Timestamp::now()).unwrap();
+    let again = taken(&lab, &images[0]);
+    assert_eq!(again.stats.new, new);
+    assert!(read(&lab.store, "w", again.number, "pages").unwrap() == images[0]);
+    // Known by their prints or not: changed and unchanged ones are told apart.
+    let mixed = [&images[1][..150_000], &images[0][150_000..]].concat();
+    for bytes in [&mixed, &images[2], &images[0], &mixed, &mixed] {
+        let number = taken(&lab, bytes).number;
+        assert!(read(&lab.store, "w", number, "pages").unwrap() == *bytes, "{number}");
+    }
+    let newest = lab.store.generations("w").unwrap().pop().unwrap();
+    assert_eq!((newest.stats.new, newest.stats.stored), (0, 0));
+    lab.store.verify(|_, _| ()).unwrap();
+    for pack in index::files(&lab.store.packs_dir(), "pack").unwrap() {
+        let mut bytes = fs::read(&pack).unwrap();
+        bytes[70] ^= 1;
+        fs::write(&pack, bytes).unwrap();
+    }
+    assert!(!lab.store.verify(|_, _| ()).unwrap().damage.is_empty());
+    let healed = taken(&lab, &mixed);
+    assert!(healed.stats.new > 0);
+    assert!(read(&lab.store, "w", healed.number, "pages").unwrap() == mixed);
+    lab.reopen();
+    assert!(read(&lab.store, "w", newest.number, "pages").unwrap() == mixed);
+}
+
+#[test]
+fn an_image_that_cannot_be_read_is_said_and_the_draft_goes_on_without_it() {
+    let lab = Lab::with(Settings { threads: 0, ..settings() });
+    let mut draft = lab.store.begin(about("w")).unwrap();
+    // It has a length, and reading it fails.
+    let directory = File::open(lab.dir.path()).unwrap();
+    assert!(directory.metadata().unwrap().len() > 0);
+    let error = draft.add_image("pages", metadata(), directory, &[], &mut |_| ()).unwrap_err();
+    assert!(error.to_string().contains("\"pages\""), "{error}");
+    let bytes = content(1, 100_000);
+    draft.add_image("pages", metadata(), file(&bytes), &[], &mut |_| ()).unwrap();
+    let number = draft.commit().unwrap().number;
+    assert!(read(&lab.store, "w", number, "pages").unwrap() == bytes);
 }
 
 #[test]

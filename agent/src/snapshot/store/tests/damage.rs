@@ -105,6 +105,8 @@ fn a_damaged_chunk_is_stored_again_when_it_comes_along_and_that_heals_the_older_
     std::mem::forget(Flip::new(&pack, 100, 3));
     let error = read(&lab.store, "w", 1, "a").unwrap_err();
     assert!(matches!(&error, Error::Chunk { number: 1, offset: 0, .. }), "{error}");
+    let error = extracted(&lab.store, 1, "a").unwrap_err();
+    assert!(matches!(&error, Error::Chunk { number: 1, offset: 0, .. }), "{error}");
     take(&lab.store, "w", &[("a", &bytes)]).unwrap();
     for number in [1, 2] {
         assert!(read(&lab.store, "w", number, "a").unwrap() == bytes);
