@@ -460,7 +460,14 @@ fn save_files(dir: &Path, service: &Service) -> Result<(), UnitError> {
         run(tar, &format!("{TAR}, which saves {}", paths.join(" and ")))
     };
     if service.private_tmp {
-        archive(PRIVATE_TMP, &["tmp".into(), "var/tmp".into()])?;
+        // An empty one is as systemd makes it, and everything stands still meanwhile. What cannot be read is tar's to tell.
+        let filled =
+            |path: &String| fs::read_dir(root.join(path)).map_or(true, |mut all| all.next().is_some());
+        let mut paths = vec!["tmp".to_owned(), "var/tmp".to_owned()];
+        paths.retain(filled);
+        if !paths.is_empty() {
+            archive(PRIVATE_TMP, &paths)?;
+        }
     }
     // `NAME` or `NAME:LINK`
     let own = service.runtime_directories.iter().filter_map(|entry| entry.split(':').next());
