@@ -72,7 +72,10 @@ enum Subcommands {
     #[command(after_help = "Example:\n  cargo xtask kernels --only 6.1")]
     Kernels(kernels::Options),
     /// Measure ftd on test hosts.
-    #[command(disable_help_flag = true, after_help = "Example:\n  cargo xtask bench heal")]
+    #[command(
+        disable_help_flag = true,
+        after_help = "Examples:\n  cargo xtask bench heal\n  cargo xtask bench snapshot"
+    )]
     Bench {
         /// Passed on to the program `bench`.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -109,7 +112,13 @@ fn run(command: Subcommands) -> Result<()> {
         }
         Subcommands::Hosts { arguments } => hosts(&cache, &workspace, &arguments),
         Subcommands::Demo { arguments } => on_hosts(&cache, &workspace, "demo", &arguments),
-        Subcommands::Bench { arguments } => on_hosts(&cache, &workspace, "bench", &arguments),
+        Subcommands::Bench { arguments } => {
+            if subcommand(&arguments) == Some("snapshot") {
+                setup::need(&cache, &workspace, &[Need::Bench])?;
+                package::binary(&workspace, "worker", true)?;
+            }
+            on_hosts(&cache, &workspace, "bench", &arguments)
+        }
         Subcommands::Test(options) => test::run(&cache, &workspace, &options),
         Subcommands::Kernels(options) => {
             if !options.has_own_ftd() {
@@ -138,7 +147,7 @@ fn hosts(cache: &Cache, workspace: &Workspace, arguments: &[OsString]) -> Result
     Err(program.exec()).context("the program `hosts` cannot be run")
 }
 
-/// The subcommand in the arguments of `hosts`: the first word that is no option and no option's value.
+/// The subcommand in the arguments of `hosts` or `bench`: the first word that is no option and no option's value.
 fn subcommand(arguments: &[OsString]) -> Option<&str> {
     let mut words = arguments.iter().map(|word| word.to_str().unwrap_or_default());
     while let Some(word) = words.next() {

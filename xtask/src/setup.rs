@@ -27,6 +27,8 @@ pub(crate) enum Need {
     Hosts,
     /// Other kernels, and an emulator to boot them.
     Kernels,
+    /// What snapshots are measured against.
+    Bench,
     /// cargo-deny and lintian.
     Lint,
 }
@@ -59,6 +61,7 @@ fn steps(need: Need) -> Vec<Box<dyn Step>> {
             apt::packages("emulator", &["qemu-system-x86", "debian-archive-keyring", "xz-utils"]),
             Box::new(kernels::Kernels),
         ],
+        Need::Bench => vec![apt::packages("bench", &["borgbackup", "restic", "zstd"])],
         Need::Lint => vec![apt::packages("lint", &["lintian"]), tools::cargo_tool("cargo-deny", "0.20")],
     }
 }
@@ -82,7 +85,7 @@ pub(crate) fn all(cache: &Cache, workspace: &Workspace) -> Result<()> {
     );
     let start = std::time::Instant::now();
     // All packages of the system in one go: one update, one run of apt.
-    let names = [Need::Build, Need::Deb, Need::Hosts, Need::Kernels, Need::Lint];
+    let names = [Need::Build, Need::Deb, Need::Hosts, Need::Kernels, Need::Bench, Need::Lint];
     dependencies(workspace)?;
     for need in names {
         for step in steps(need) {

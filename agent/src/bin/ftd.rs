@@ -66,6 +66,27 @@ enum Command {
         /// The directory.
         dir: PathBuf,
     },
+    /// Keep directories of images in a store, each as a workload's next generation, without a running ftd: one for each
+    /// line of the standard input.
+    #[command(hide = true)]
+    KeepImages {
+        /// The store's directory; made if it is not there.
+        store: PathBuf,
+        /// The workload.
+        workload: String,
+    },
+    /// Get a generation of images back out of such a store.
+    #[command(hide = true)]
+    GiveImages {
+        /// The store's directory.
+        store: PathBuf,
+        /// The workload.
+        workload: String,
+        /// The generation.
+        number: u64,
+        /// The directory below which the images are put.
+        dir: PathBuf,
+    },
     /// What ftd-criu@.service runs: becomes CRIU for the client on descriptor 3.
     #[command(hide = true)]
     CriuWorker,
@@ -80,6 +101,12 @@ fn main() -> ExitCode {
             by_hand(&arguments.log, || hand::dump(&unit, &dir, stop))
         }
         Some(Command::RestoreUnit { unit, dir }) => by_hand(&arguments.log, || hand::restore(&unit, &dir)),
+        Some(Command::KeepImages { store, workload }) => {
+            by_hand(&arguments.log, || hand::keep(&store, &workload))
+        }
+        Some(Command::GiveImages { store, workload, number, dir }) => {
+            by_hand(&arguments.log, || hand::give(&store, &workload, number, &dir))
+        }
         Some(Command::CriuWorker) => worker::become_criu().map(|never| match never {}).map_err(Into::into),
         None => {
             let config = match config::Config::load(&arguments.config) {

@@ -3,14 +3,15 @@
 //! One run measures everything that is to be compared, on one host, the variants taking turns: round by
 //! round, each round in another order, so that a machine that is slow for a while is slow for all of
 //! them. What is compared with what is read off one clock (`CLOCK_MONOTONIC` is the same inside and outside
-//! of a host), by one client. Every single measurement is kept: `heal.json` holds them all, with the
-//! machine and the versions; `heal.md` holds the tables made of them.
+//! of a host), by one client. Every single measurement is kept: `heal.json` and `snapshot.json` hold them all,
+//! with the machine and the versions; `heal.md` and `snapshot.md` hold the tables made of them.
 //!
 //! A benchmark is not a test: a goal that is missed is printed as FAIL and the exit code stays 0. It is 1
 //! when something could not be measured at all.
 //!
 //! ```text
 //! decision heal slowdown cost flood programs    one file for each thing that is measured
+//! snapshot                                      the same for snapshots
 //! site                                          the host, ftd on it, what they say of themselves
 //! client  load                                  who asks nginx / who makes processes
 //! report  stats                                 goals, tables, files / medians and their kin
@@ -27,9 +28,10 @@ mod programs;
 mod report;
 mod site;
 mod slowdown;
+mod snapshot;
 mod stats;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
@@ -46,7 +48,8 @@ use crate::site::Site;
     after_help = "Examples:\n  \
         cargo xtask bench heal\n  \
         cargo xtask bench heal --quick\n  \
-        cargo xtask bench heal --only flood --only programs"
+        cargo xtask bench heal --only flood --only programs\n  \
+        cargo xtask bench snapshot"
 )]
 struct Arguments {
     #[command(subcommand)]
@@ -57,6 +60,8 @@ struct Arguments {
 enum Subcommands {
     /// Seeing deaths and healing units: how fast, at what cost, losing nothing.
     Heal(Options),
+    /// Snapshots of running services: how long they stand still, how fast and how small they are kept.
+    Snapshot(snapshot::Options),
     /// The program that makes processes, here or on a host; see the module `load`.
     #[command(hide = true)]
     Load {
@@ -105,6 +110,7 @@ enum Part {
 fn main() -> ExitCode {
     let done = match Arguments::parse().command {
         Subcommands::Heal(options) => heal(&options),
+        Subcommands::Snapshot(options) => snapshot::measure(&options),
         Subcommands::Load { socket, cpu } => load::serve(socket.as_deref(), cpu).map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {
@@ -114,14 +120,18 @@ fn main() -> ExitCode {
 }
 
 fn heal(options: &Options) -> Result<ExitCode> {
-    let out = options.out.clone().unwrap_or_else(default_out);
-    std::fs::create_dir_all(&out).with_context(|| format!("{} cannot be made", out.display()))?;
+    let out = directory(options.out.as_deref())?;
     let wanted = |part| options.only.is_empty() || options.only.contains(&part);
     let rounds = if options.quick { options.rounds.min(3) } else { options.rounds };
 
     eprintln!("bench: a host comes up");
     let site = Site::up()?;
-    let mut report = Report::new(&site, rounds)?;
+    let mut report = Report::new("heal", rounds)?;
+    for (program, words) in
+        [("ftd", ["ftd", "--version"]), ("systemd", ["systemctl", "--version"]), ("nginx", ["nginx", "-v"])]
+    {
+        report.version(Some(&site.host), program, &words)?;
+    }
     if wanted(Part::Decision) {
         report.take("decision", decision::measure(&site, rounds * 7));
     }
@@ -145,9 +155,11 @@ fn heal(options: &Options) -> Result<ExitCode> {
     Ok(if whole { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// `target/bench` of the work tree.
-fn default_out() -> PathBuf {
+/// Where the results go; `target/bench` of the work tree when nothing else is asked for. Made if it is not there.
+fn directory(asked: Option<&Path>) -> Result<PathBuf> {
     let tree = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| tree.join("../target"), PathBuf::from);
-    target.canonicalize().unwrap_or(target).join("bench")
+    let out = asked.map_or_else(|| target.canonicalize().unwrap_or(target).join("bench"), Path::to_owned);
+    std::fs::create_dir_all(&out).with_context(|| format!("{} cannot be made", out.display()))?;
+    Ok(out)
 }

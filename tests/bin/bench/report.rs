@@ -5,10 +5,9 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
+use harness::{Host, command};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-
-use crate::site::Site;
 
 /// One thing that has been measured.
 pub(crate) trait Measured: Serialize {
@@ -95,6 +94,7 @@ pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
 
 /// What has been measured so far.
 pub(crate) struct Report {
+    name: &'static str,
     about: Map<String, Value>,
     sections: Vec<(String, Value, String)>,
     goals: Vec<Goal>,
@@ -102,13 +102,8 @@ pub(crate) struct Report {
 }
 
 impl Report {
-    /// An empty report about this machine and what runs on the host.
-    pub(crate) fn new(site: &Site, rounds: u32) -> Result<Self> {
-        let first = |text: String| text.lines().next().unwrap_or_default().trim().to_owned();
-        let on_host = |words: &[&str]| -> Result<String> {
-            let out = site.host.run(words)?;
-            Ok(first(if out.stdout.is_empty() { out.stderr } else { out.stdout }))
-        };
+    /// An empty report about this machine. The files that it becomes have this name.
+    pub(crate) fn new(name: &'static str, rounds: u32) -> Result<Self> {
         let kernel = nix::sys::utsname::uname()?;
         let about = json!({
             "date": jiff::Timestamp::now().round(jiff::Unit::Second)?.to_string(),
@@ -117,13 +112,22 @@ impl Report {
             "memory": of_file("/proc/meminfo", "MemTotal"),
             "kernel": kernel.release().to_string_lossy(),
             "load_before": load(),
-            "ftd": on_host(&["ftd", "--version"])?,
-            "systemd": on_host(&["systemctl", "--version"])?,
-            "nginx": on_host(&["nginx", "-v"])?,
             "rounds": rounds,
         });
         let Value::Object(about) = about else { unreachable!("it is written as an object above") };
-        Ok(Self { about, sections: Vec::new(), goals: Vec::new(), failures: Vec::new() })
+        Ok(Self { name, about, sections: Vec::new(), goals: Vec::new(), failures: Vec::new() })
+    }
+
+    /// Notes the version of a program, which is what these words print in their first line, on a host or here.
+    pub(crate) fn version(&mut self, host: Option<&Host>, program: &str, words: &[&str]) -> Result<()> {
+        let out = match host {
+            Some(host) => host.run(words)?,
+            None => command::output(std::process::Command::new(words[0]).args(&words[1..]))?,
+        };
+        let text = if out.stdout.is_empty() { out.stderr } else { out.stdout };
+        let first = text.lines().next().unwrap_or_default().trim();
+        self.about.insert(program.to_owned(), first.into());
+        Ok(())
     }
 
     /// Takes a measurement in, or why there is none, and prints it.
@@ -162,7 +166,8 @@ impl Report {
                 vec![name.replace('_', " "), value.as_str().map_or(value.to_string(), Into::into)]
             })
             .collect();
-        let mut text = format!("# ftd, measured\n\n{}\n{goals}\n", table(&["", "value"], &about));
+        let mut text =
+            format!("# ftd, measured: {}\n\n{}\n{goals}\n", self.name, table(&["", "value"], &about));
         let mut raw = Map::new();
         for (name, value, section) in self.sections {
             let _ = writeln!(text, "{section}");
@@ -171,8 +176,8 @@ impl Report {
         let raw = json!({
             "about": self.about, "goals": self.goals, "failures": self.failures, "measurements": raw
         });
-        for (name, content) in [("heal.json", serde_json::to_string_pretty(&raw)?), ("heal.md", text)] {
-            let path = out.join(name);
+        for (kind, content) in [("json", serde_json::to_string_pretty(&raw)?), ("md", text)] {
+            let path = out.join(self.name).with_extension(kind);
             fs::write(&path, content).with_context(|| format!("{} cannot be written", path.display()))?;
             println!("{}", path.display());
         }

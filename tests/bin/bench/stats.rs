@@ -24,7 +24,7 @@ pub(crate) fn median(values: &[f64]) -> f64 {
 /// drawn from the sample. Drawn by a fixed generator, so that the same values give the same interval.
 pub(crate) fn median_interval(values: &[f64]) -> (f64, f64) {
     const DRAWS: usize = 4000;
-    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let mut random = Random::default();
     let medians: Vec<f64> = (0..DRAWS)
         .map(|_| {
             let drawn: Vec<f64> = values.iter().map(|_| values[random.below(values.len())]).collect();
@@ -34,15 +34,25 @@ pub(crate) fn median_interval(values: &[f64]) -> (f64, f64) {
     (quantile(&medians, 0.025), quantile(&medians, 0.975))
 }
 
-/// Marsaglia's xorshift64.
-struct Random(u64);
+/// Marsaglia's xorshift64, always the same.
+pub(crate) struct Random(u64);
+
+impl Default for Random {
+    fn default() -> Self {
+        Self(0x9e37_79b9_7f4a_7c15)
+    }
+}
 
 impl Random {
-    fn below(&mut self, bound: usize) -> usize {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
-        (self.0 % bound as u64) as usize
+        self.0
+    }
+
+    pub(crate) fn below(&mut self, bound: usize) -> usize {
+        (self.next() % bound as u64) as usize
     }
 }
 

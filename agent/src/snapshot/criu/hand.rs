@@ -1,15 +1,27 @@
-//! Dumping and restoring a unit by hand, without a running ftd: `ftd dump-unit` and `ftd restore-unit`, for
-//! those who look for a fault, and for tests. Both print what was done as JSON.
+//! Dumping and restoring a unit by hand, without a running ftd: `ftd dump-unit` and `ftd restore-unit`, and, for what
+//! is between the two, `ftd keep-images` and `ftd give-images`. For those who look for a fault, for tests, and
+//! for measuring. All print what was done as JSON.
 
-use std::{fs, path::Path, time::Duration};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
+use serde_json::json;
 
 use super::{
     After, Criu,
     unit::{self, DumpUnit},
 };
-use crate::unit::manager::Systemd;
+use crate::{
+    snapshot::{
+        process::{self, Cost, Processes, Progress, Take},
+        store::{About, Kind, Settings, Store},
+    },
+    unit::manager::Systemd,
+};
 
 /// Time for everything that CRIU does.
 const LIMIT: Duration = Duration::from_mins(10);
@@ -34,6 +46,37 @@ pub fn restore(name: &str, dir: &Path) -> Result<()> {
     let (name, criu) = (crate::config::unit_name(name), Criu::find()?);
     let restored = connected(async |systemd| unit::restore_unit(systemd, &criu, &name, &dir, LIMIT).await)??;
     println!("{}", serde_json::to_string(&restored)?);
+    Ok(())
+}
+
+/// Keeps directories of images in a store, each as the workload's next generation: one for each line of the standard
+/// input, as a running ftd does with one dump after another.
+pub fn keep(store: &Path, workload: &str) -> Result<()> {
+    let store = Store::open(store, Settings::default())?;
+    for dir in io::stdin().lines() {
+        let dir = PathBuf::from(dir?);
+        let about = About {
+            workload: workload.to_owned(),
+            kind: Kind::Process,
+            node: String::new(),
+            boot_id: String::new(),
+            time: jiff::Timestamp::now(),
+        };
+        let unit = workload.to_owned();
+        let take = Take { about, files: None, units: vec![unit.clone()], stop: false, limit: LIMIT };
+        let kept = process::store_all(&store, take, &[(unit, dir)], Cost::default(), Box::new(|_, _| {}));
+        let (generation, _) = kept?;
+        println!("{}", json!({ "generation": generation.number, "stats": generation.stats }));
+    }
+    Ok(())
+}
+
+/// Gets a generation of images back, into a directory that is there.
+pub fn give(store: &Path, workload: &str, number: u64, dir: &Path) -> Result<()> {
+    let store = Store::open(store, Settings::default())?;
+    let dirs =
+        Processes::open(&store, workload, number)?.extract_to(dir, &mut (Box::new(|_, _| {}) as Progress))?;
+    println!("{}", json!(dirs));
     Ok(())
 }
 
