@@ -5,12 +5,14 @@
 //! POST /task/N    queues task N; answered when it is in the queue
 //! GET  /total     {"queued":0,"done":3,"sum":6,"check":"..."}: how many are waiting and done, the sum of the
 //!                 numbers done, and a sum of all results
-//! GET  /memory    {"pages":256,"writes":17,"bad":0}: looks at every page of --memory
+//! GET  /memory    {"pages":256,"writes":17,"bad":0}: looks at every byte of --memory
 //! ```
 //!
 //! The result of a task follows from its number alone, so `check` can be computed by whoever knows which tasks
-//! were given. With `--memory` it also holds so many MiB, every page with a stamp of its own, and `--dirty` writes
-//! so many percent of the pages each second; the stamps say whether each page is the one that was written last.
+//! were given. With `--memory` it also holds so much, in pages of the kernel's size and place, and `--dirty` writes
+//! to so much of it each second, page after page. A page is a stamp (its number, and how often it was written), and
+//! then noise and text in turns, as they are in a program's memory, by its number alone: so it can be told of every byte
+//! whether it is the one that was written last, and zstd makes a third to a quarter of the whole.
 //!
 //! SIGHUP: says `reloaded`. SIGTERM: ends. As a systemd service of type notify it says that it is ready, and feeds
 //! the watchdog.
@@ -39,15 +41,57 @@ struct Arguments {
     /// How long one task takes, milliseconds.
     #[arg(long, default_value_t = 0)]
     task_ms: u64,
-    /// Memory to hold, MiB.
-    #[arg(long, default_value_t = 0)]
-    memory: usize,
-    /// How much of it to write each second, percent.
-    #[arg(long, default_value_t = 0.0)]
-    dirty: f64,
+    /// Memory to hold: 1GiB, 64MiB, or a number of MiB.
+    #[arg(long, default_value = "0", value_parser = size)]
+    memory: u64,
+    /// How much of it to write each second: 8MiB/s, or a number of percent.
+    #[arg(long, default_value = "0", value_parser = Rate::parse)]
+    dirty: Rate,
+}
+
+/// Bytes.
+fn size(text: &str) -> Result<u64, String> {
+    let (number, shift) = match (text.strip_suffix("KiB"), text.strip_suffix("MiB"), text.strip_suffix("GiB"))
+    {
+        (Some(number), ..) => (number, 10),
+        (_, Some(number), _) => (number, 20),
+        (.., Some(number)) => (number, 30),
+        _ => (text, 20),
+    };
+    let bytes = number.parse::<u64>().ok().and_then(|number| number.checked_mul(1 << shift));
+    bytes.ok_or_else(|| format!("'{text}' is no size: give 64MiB, 1GiB, or a number of MiB"))
+}
+
+/// How fast memory is written.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Rate {
+    Bytes(u64),
+    Percent(f64),
+}
+
+impl Rate {
+    fn parse(text: &str) -> Result<Self, String> {
+        if let Some(bytes) = text.strip_suffix("/s") {
+            return size(bytes).map(Self::Bytes);
+        }
+        let percent = text.parse().ok().filter(|percent| (0.0..=1e6).contains(percent));
+        percent
+            .map(Self::Percent)
+            .ok_or_else(|| format!("'{text}' is no rate: give 8MiB/s, or a number of percent"))
+    }
+
+    /// Pages a second.
+    fn of(self, memory: u64) -> f64 {
+        let bytes = match self {
+            Self::Bytes(bytes) => bytes as f64,
+            Self::Percent(percent) => memory as f64 * percent / 100.0,
+        };
+        bytes / PAGE as f64
+    }
 }
 
 const PAGE: usize = 4096;
+const STAMP: usize = 16;
 /// How often pages are written.
 const DIRTY_EVERY: Duration = Duration::from_millis(10);
 
@@ -57,10 +101,9 @@ struct Queue {
     done: Vec<(u64, u64)>,
 }
 
-/// One page. Only its head is looked at; the rest makes it as hard to press as a program's memory is.
-struct Page {
-    bytes: Box<[u8; PAGE]>,
-}
+/// One page, of the kernel's too.
+#[repr(align(4096))]
+struct Page([u8; PAGE]);
 
 #[derive(Default)]
 struct Memory {
@@ -99,9 +142,9 @@ fn run(arguments: &Arguments) -> Result<std::convert::Infallible> {
     });
     let task = Duration::from_millis(arguments.task_ms);
     spawn(&state, move |state| work(state, task));
-    let share = arguments.dirty / 100.0 * DIRTY_EVERY.as_secs_f64();
-    if share > 0.0 {
-        spawn(&state, move |state| dirty(state, share));
+    let pages = arguments.dirty.of(arguments.memory) * DIRTY_EVERY.as_secs_f64();
+    if pages > 0.0 {
+        spawn(&state, move |state| dirty(state, pages));
     }
     spawn(&state, move |_| obey(&signals));
     spawn(&state, |_| feed_watchdog());
@@ -155,8 +198,8 @@ fn finish(queue: &mut Queue, number: u64) {
 }
 
 impl Memory {
-    fn of(mebibytes: usize) -> Self {
-        let pages: Vec<_> = (0..mebibytes << 20 >> PAGE.trailing_zeros()).map(Page::new).collect();
+    fn of(bytes: u64) -> Self {
+        let pages: Vec<_> = (0..bytes as usize / PAGE).map(|index| Page::new(index, 0)).collect();
         Self { writes: vec![0; pages.len()], pages, next: 0 }
     }
 
@@ -169,39 +212,29 @@ impl Memory {
 
     fn bad(&self) -> usize {
         let pages = self.pages.iter().zip(&self.writes).enumerate();
-        pages.filter(|(index, (page, writes))| !page.has_stamp(*index, **writes)).count()
+        pages.filter(|(index, (page, writes))| page.0 != Page::new(*index, **writes).0).count()
     }
 }
 
 impl Page {
-    /// A quarter of it is noise, different on each page; the rest repeats.
-    fn new(index: usize) -> Self {
-        let mut bytes = Box::new([0; PAGE]);
-        for (at, chunk) in bytes.chunks_exact_mut(8).enumerate() {
-            let noise = result((index * PAGE + at) as u64);
-            let value = if at % 4 == 0 { noise } else { index as u64 };
-            chunk.copy_from_slice(&value.to_le_bytes());
+    fn new(index: usize, writes: u64) -> Self {
+        const TEXT: &[u8; 24] = b"a page of the worker's, ";
+        let mut page = Self([0; PAGE]);
+        for (at, words) in page.0.chunks_exact_mut(32).enumerate() {
+            words[..8].copy_from_slice(&result((index * PAGE + at) as u64).to_le_bytes());
+            words[8..].copy_from_slice(TEXT);
         }
-        let mut page = Self { bytes };
-        page.stamp(index, 0);
+        page.stamp(index, writes);
         page
     }
 
     fn stamp(&mut self, index: usize, writes: u64) {
-        self.bytes[..16].copy_from_slice(&Self::of(index, writes));
-    }
-
-    fn has_stamp(&self, index: usize, writes: u64) -> bool {
-        self.bytes[..16] == Self::of(index, writes)
-    }
-
-    fn of(index: usize, writes: u64) -> [u8; 16] {
-        (u128::from(writes) << 64 | index as u128).to_le_bytes()
+        self.0[..STAMP].copy_from_slice(&(u128::from(writes) << 64 | index as u128).to_le_bytes());
     }
 }
 
-/// Writes this share of the pages each [`DIRTY_EVERY`], one after another.
-fn dirty(state: &State, share: f64) {
+/// Writes so many pages each [`DIRTY_EVERY`], one after another.
+fn dirty(state: &State, pages: f64) {
     let mut owed = 0.0;
     loop {
         {
@@ -209,7 +242,7 @@ fn dirty(state: &State, share: f64) {
             if memory.pages.is_empty() {
                 return;
             }
-            owed += memory.pages.len() as f64 * share;
+            owed += pages;
             while owed >= 1.0 {
                 memory.write_next();
                 owed -= 1.0;
@@ -313,7 +346,7 @@ fn notify(what: &str) {
 mod tests {
     use super::*;
 
-    fn state(memory: usize) -> State {
+    fn state(memory: u64) -> State {
         State { queue: Mutex::default(), more: Condvar::new(), memory: Mutex::new(Memory::of(memory)) }
     }
 
@@ -335,7 +368,7 @@ mod tests {
 
     #[test]
     fn a_page_that_is_not_the_last_written_is_bad() {
-        let state = state(1);
+        let state = state(1 << 20);
         {
             let mut memory = state.memory.lock().unwrap();
             assert_eq!(memory.pages.len(), 256);
@@ -343,7 +376,22 @@ mod tests {
             assert_eq!((memory.bad(), memory.writes[0], memory.writes[255]), (0, 2, 1));
             memory.pages[7].stamp(7, 1);
             memory.pages.swap(20, 21);
+            memory.pages[30].0[PAGE - 1] ^= 1;
         }
-        assert_eq!(memory(&state), "{\"pages\":256,\"writes\":300,\"bad\":3}\n");
+        assert_eq!(memory(&state), "{\"pages\":256,\"writes\":300,\"bad\":4}\n");
+    }
+
+    #[test]
+    fn sizes_and_rates_are_read_and_nonsense_is_refused() {
+        assert_eq!((size("1GiB"), size("64MiB"), size("4")), (Ok(1 << 30), Ok(64 << 20), Ok(4 << 20)));
+        assert_eq!(
+            (Rate::parse("8MiB/s"), Rate::parse("50")),
+            (Ok(Rate::Bytes(8 << 20)), Ok(Rate::Percent(50.0)))
+        );
+        assert_eq!((Rate::Bytes(8 << 20).of(0), Rate::Percent(50.0).of(64 << 20)), (2048.0, 8192.0));
+        for wrong in ["", "x", "-1", "1TiB", "99999999999999999999GiB", "18446744073709551615"] {
+            assert!(size(wrong).is_err() && Rate::parse(&format!("{wrong}/s")).is_err(), "{wrong}");
+        }
+        assert!(Rate::parse("-1").is_err() && Rate::parse("NaN").is_err());
     }
 }
