@@ -80,3 +80,11 @@ pub fn start_worker(host: &Host, program: &Path, arguments: &str, settings: &str
     host.write(format!("/etc/systemd/system/{WORKER}"), unit)?;
     host.sh(&format!("systemctl daemon-reload && systemctl start {WORKER}")).map(drop)
 }
+
+/// What the worker makes of a task (SplitMix64).
+pub fn result(task: u64) -> u64 {
+    let mut z = task.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}

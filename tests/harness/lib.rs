@@ -25,7 +25,7 @@
 //!
 //! The parts, each using only parts below it:
 //! ```text
-//! lab  host  events  own  criu  doctor    what a test or a person handles
+//! lab  host  events  journal  own  criu  doctor   what a test or a person handles
 //! base  container  enter            file systems of hosts / a host's way up / a command's way in
 //! cgroup  mounts  process           the kernel's files
 //! step  cache  command              preparing things once, and saying what went wrong
@@ -41,6 +41,7 @@ pub mod doctor;
 pub mod enter;
 pub mod events;
 pub mod host;
+pub mod journal;
 pub mod lab;
 pub mod metrics;
 pub mod mounts;
@@ -63,4 +64,9 @@ use std::time::Duration;
 pub fn scaled(limit: Duration) -> Duration {
     let scale = std::env::var("FTD_TIME_SCALE").ok().and_then(|text| text.parse::<f64>().ok());
     limit.mul_f64(scale.filter(|scale| scale.is_finite() && *scale > 0.0).unwrap_or(1.0))
+}
+
+/// A number that whoever runs a scenario may give in the environment.
+pub fn given(name: &str) -> Option<u64> {
+    std::env::var(name).ok().and_then(|text| text.parse().ok())
 }

@@ -139,7 +139,7 @@ fn the_worker_comes_back_as_the_unit_that_it_was_and_forgets_nothing() {
         (&0.into(), &30.into(), &465.into()),
         "{total}"
     );
-    let check = (1..=30).fold(0_u64, |check, task| check.wrapping_add(result(task)));
+    let check = (1..=30).fold(0_u64, |check, task| check.wrapping_add(criu::result(task)));
     assert_eq!(total["check"], format!("{check:016x}"));
     assert_eq!(get(&host, "/memory")["bad"], 0);
     host.ok(["systemctl", "reload", "worker"]).unwrap();
@@ -309,12 +309,4 @@ fn check_names_what_is_in_the_way_and_touches_nothing() {
     assert!(unknown.status.code() == Some(1) && unknown.stderr.contains("not-found"), "{unknown:?}");
     let doctor = host.run(["ftctl", "doctor"]).unwrap();
     assert!(doctor.stdout.contains("CRIU: "), "{}", doctor.stdout);
-}
-
-/// As the worker computes it (SplitMix64).
-fn result(number: u64) -> u64 {
-    let mut z = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }

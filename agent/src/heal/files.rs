@@ -548,7 +548,7 @@ fn store_files(watch: &Watch, store: &Store) -> Result<(u64, Kind), String> {
 /// All of a generation is put in its place, and nothing else is left there. What is there now is stored before: an
 /// administrator may have put work into it.
 fn put_back(watch: &Watch, store: &Store, number: u64) -> Result<usize, String> {
-    if let Err(error) = take(store, about(watch), &watch.selection) {
+    if let Err(error) = store_files(watch, store) {
         tracing::warn!(%error, "what is about to be replaced could not be stored");
     }
     let files = Files::open(store, &watch.workload, number).map_err(|error| error.to_string())?;
