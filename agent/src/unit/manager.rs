@@ -448,6 +448,8 @@ pub struct Service {
     pub protect_logs: bool,
     /// `PrivateDevices=`.
     pub private_devices: bool,
+    /// `WatchdogSec=`, as it is in force.
+    pub watchdog: Option<Duration>,
 }
 
 impl Service {
@@ -486,6 +488,10 @@ impl Service {
                 "ProtectControlGroups" => self.protect_control_groups = yes(value),
                 "ProtectKernelLogs" => self.protect_logs = yes(value),
                 "PrivateDevices" => self.private_devices = yes(value),
+                "WatchdogUSec" => {
+                    let limit = u64::try_from(value).ok().filter(|limit| !matches!(*limit, 0 | u64::MAX));
+                    self.watchdog = limit.map(Duration::from_micros);
+                }
                 _ => {}
             }
         }

@@ -58,6 +58,7 @@ mod drop_in;
 mod error;
 mod look;
 mod record;
+mod watchdog;
 
 pub use drop_in::sweep;
 use drop_in::{Placed, STARTING, STOP_QUIETLY, STOPPING, pid_file_of, start_by_criu};
@@ -177,6 +178,7 @@ impl Looked {
         mut word: impl FnMut(Moment) -> bool,
     ) -> Result<UnitImage, UnitError> {
         let mut saved = Ok(());
+        let _fed = watchdog::Fed::of(&self.service);
         let request = Dump {
             external: self.external,
             limit: dump.limit,
