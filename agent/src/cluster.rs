@@ -1,8 +1,10 @@
 //! Decisions between hosts: which node serves a workload, and that no other does.
 //!
 //! - [`lease`] (pure): the right to serve, for a time. Its head says why at most one node has it.
+//! - [`placement`] (pure): where workloads are, and where they shall be.
 
 pub mod lease;
+pub mod placement;
 
 use std::fmt;
 

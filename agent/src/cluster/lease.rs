@@ -345,6 +345,8 @@ struct Placed {
     epoch: Epoch,
     revoked: bool,
     given_up: bool,
+    /// When this granter heard of it.
+    since: BootNs,
     /// The last grant in this epoch and term.
     last: Option<Grant>,
 }
@@ -380,11 +382,11 @@ impl Granter {
 
     /// Takes a placement from the log, where it is committed. Not before an entry of this term is, too: what comes
     /// before that may be old.
-    pub fn place(&mut self, workload: WorkloadId, node: NodeId, epoch: Epoch) {
+    pub fn place(&mut self, now: BootNs, workload: WorkloadId, node: NodeId, epoch: Epoch) {
         if self.placed.get(&workload).is_some_and(|placed| placed.epoch >= epoch) {
             return;
         }
-        let placed = Placed { node, epoch, revoked: false, given_up: false, last: None };
+        let placed = Placed { node, epoch, revoked: false, given_up: false, since: now, last: None };
         self.placed.insert(workload, placed);
     }
 
@@ -469,6 +471,14 @@ impl Granter {
         }
         let last = placed.last.as_ref().map_or(self.inherited, |last| last.until);
         Some(last.max(self.inherited))
+    }
+
+    /// Whether its node is lost: every lease has run out without having been given up, and there was time to ask for
+    /// one since it was placed.
+    pub fn is_lost(&self, workload: WorkloadId, now: BootNs) -> bool {
+        let Some(placed) = self.placed.get(&workload) else { return false };
+        let over = self.over_at(workload);
+        over.is_some_and(|over| over.max(placed.since.after(self.terms.hold())) <= now)
     }
 
     /// Whether it may be placed anew: it is revoked or given up, and nobody holds a lease of it. Of a workload

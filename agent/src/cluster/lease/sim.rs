@@ -473,13 +473,13 @@ impl World {
         let Some(lead) = &mut self.nodes[index].lead else { return };
         if lead.committed {
             let Placement { epoch, node: owner } = lead.placement;
-            // Not the same as silent: it may speak and not hear.
-            let silent = lead.granter.over_at(W).is_some_and(|over| over <= now);
-            if silent || whim {
+            // Which it also is if it speaks and does not hear.
+            let lost = lead.granter.is_lost(W, now);
+            if lost || whim {
                 lead.granter.revoke(W);
             }
             let given_up = lead.granter.over_at(W).is_none();
-            if silent || whim || given_up || lead.granter.is_over(W, now) {
+            if lost || whim || given_up || lead.granter.is_over(W, now) {
                 let fresh = |node: usize| {
                     let contact = lead.granter.contact(NodeId(node as u64));
                     contact.is_some_and(|at| now.since(at) <= terms().lease)
@@ -487,7 +487,7 @@ impl World {
                 let target = (start..start + nodes)
                     .map(|node| node % nodes)
                     .find(|node| *node != owner && fresh(*node));
-                let may = lead.granter.is_over(W, now) || (hasty && (silent || whim));
+                let may = lead.granter.is_over(W, now) || (hasty && (lost || whim));
                 if may && let Some(target) = target.or(given_up.then_some(owner)) {
                     lead.placement = Placement { epoch: epoch.next(), node: target };
                     lead.committed = false;
@@ -594,7 +594,7 @@ impl World {
     }
 
     fn followed(&mut self, from: usize, to: usize, term: u64, round: u64) {
-        let majority = self.majority();
+        let (majority, now) = (self.majority(), self.clock(to));
         let Some(lead) = &mut self.nodes[to].lead else { return };
         if term != lead.term || round != lead.round || !lead.followers.insert(from) {
             return;
@@ -610,7 +610,7 @@ impl World {
             if lead.granter.placement(W).is_some_and(|(before, _)| before != NodeId(node as u64)) {
                 self.outcome.moves += 1;
             }
-            lead.granter.place(W, NodeId(node as u64), epoch);
+            lead.granter.place(now, W, NodeId(node as u64), epoch);
         }
         let waiting = std::mem::take(&mut lead.waiting);
         self.nodes[to].leader_heard = confirmed;

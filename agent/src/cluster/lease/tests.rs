@@ -29,7 +29,7 @@ fn a_lease_is_counted_longer_by_who_grants_it() {
 
 fn granter(since: u64) -> Granter {
     let mut granter = Granter::new(Term(3), Incarnation(9), terms(), ms(since));
-    granter.place(W, A, Epoch(5));
+    granter.place(ms(since), W, A, Epoch(5));
     granter
 }
 
@@ -146,10 +146,26 @@ fn what_is_revoked_is_over_when_its_last_lease_is() {
     assert_eq!(renewed(&mut granter, ms(5_100), renewal).granted, []);
     assert!(!granter.is_over(W, BootNs(over.0 - 1)) && granter.is_over(W, over));
     // Elsewhere, in the next epoch.
-    granter.place(W, B, Epoch(6));
+    granter.place(over, W, B, Epoch(6));
     assert!(!granter.is_over(W, over));
-    granter.place(W, A, Epoch(5));
+    granter.place(over, W, A, Epoch(5));
     assert_eq!(granter.placement(W), Some((B, Epoch(6))), "an old entry of the log");
+}
+
+#[test]
+fn a_node_is_lost_when_its_leases_ran_out_and_it_had_time_to_ask() {
+    let mut granter = granter(0);
+    assert!(!granter.is_lost(W, BootNs(terms().hold().as_nanos() as u64 - 1)));
+    assert!(granter.is_lost(W, ms(0).after(terms().hold())));
+    let mut holder = holding(&mut granter, 1, 5_000);
+    let over = ms(5_000).after(terms().hold());
+    assert!(!granter.is_lost(W, BootNs(over.0 - 1)) && granter.is_lost(W, over));
+    // Placed anew, it has as long to ask.
+    granter.place(ms(9_000), W, B, Epoch(6));
+    assert!(!granter.is_lost(W, ms(9_001)) && granter.is_lost(W, ms(9_000).after(terms().hold())));
+    // Given up is not lost.
+    holder.give_up(W);
+    assert!(!granter.is_lost(WorkloadId(2), ms(9_000)));
 }
 
 #[test]
@@ -165,7 +181,7 @@ fn what_is_given_up_is_over_at_once_and_stays_so() {
     assert!(granter.is_over(W, ms(5_200)));
     assert_eq!(granter.over_at(W), None);
     // Placed there again.
-    granter.place(W, A, Epoch(6));
+    granter.place(ms(5_250), W, A, Epoch(6));
     let answer = renewed(&mut granter, ms(5_300), holder.ask(ms(5_300)));
     assert_eq!(holder.hear(&answer).len(), 1);
     assert_eq!(holder.ask(ms(5_400)).given_up, []);
@@ -197,7 +213,7 @@ fn a_word_of_giving_up_is_not_taken_back_by_what_was_sent_before_it() {
     assert!(granter.is_over(W, ms(5_080)));
     // A word to another leader is nothing to this one.
     let mut next = Granter::new(Term(4), Incarnation(1), terms(), ms(9_000));
-    next.place(W, A, Epoch(5));
+    next.place(ms(9_000), W, A, Epoch(5));
     renewed(&mut next, ms(9_001), word);
     assert!(!next.is_over(W, ms(9_001)));
 }
