@@ -290,11 +290,11 @@ impl World {
     /// From now on the clock runs at another rate, most often one of the worst.
     fn drift(&mut self, index: usize) {
         let shown = self.clock(index).0;
-        let bound = u64::from(self.faults.drift_ppm);
+        let bound = i64::from(self.faults.drift_ppm);
         let rate = match self.below(4) {
-            0 => bound as i64,
-            1 => -(bound as i64),
-            _ => self.below(2 * bound + 1) as i64 - bound as i64,
+            0 => bound,
+            1 => -bound,
+            _ => self.below(2 * bound.unsigned_abs() + 1).cast_signed() - bound,
         };
         let node = &mut self.nodes[index];
         (node.clock, node.clock_at, node.rate_ppm) = (shown, self.now, rate);
@@ -687,9 +687,8 @@ impl World {
         let node = &mut self.nodes[index];
         node.stopped = None;
         match kind {
-            Stop::Hang => {}
             Stop::Suspend if stands_still => node.clock_at = now,
-            Stop::Suspend => {}
+            Stop::Hang | Stop::Suspend => {}
             Stop::Off => {
                 (node.clock, node.clock_at) = (MS, now);
                 node.fence = Lease { epoch: Epoch(0), until: BootNs(0) };

@@ -95,7 +95,9 @@ impl World {
         let actions = self.agreed.apply(command);
         let after = self.workload().clone();
         // Whatever is proposed, whenever: what must hold of every change.
-        if after.epoch != before.epoch {
+        if after.epoch == before.epoch {
+            assert_eq!(after.node, before.node);
+        } else {
             assert_eq!(after.epoch, before.epoch.next(), "{command:?}");
             let held = self.lease.as_ref().is_some_and(|lease| lease.until > self.now);
             assert!(!held, "placed while {:?} is valid: {command:?}", self.lease);
@@ -104,8 +106,6 @@ impl World {
             (self.revoked, self.given_up, self.asked) = (false, false, false);
             // It has as long to ask for a lease.
             self.lease = Some(Lease { node, epoch: after.epoch, until: self.now.after(LEASE) });
-        } else {
-            assert_eq!(after.node, before.node);
         }
         if let Some(Action::GivenUp(..)) = actions.last()
             && self.alive.get(&after.node.unwrap()).is_some_and(|alive| *alive)

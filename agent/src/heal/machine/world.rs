@@ -499,14 +499,13 @@ impl World {
                     self.job_over(job, JobOutcome::Ended("done".into()));
                 }
             }
-            Event::AutoRestart | Event::Through(_) => {}
             Event::BusGone(session) if session == self.session => self.feed(Input::BusLost),
             Event::BusBack(session) if session == self.session => {
                 // The machine's jobs of the old connection are nobody's now.
                 self.jobs.clear();
                 self.connect();
             }
-            Event::BusGone(_) | Event::BusBack(_) => {}
+            Event::AutoRestart | Event::Through(_) | Event::BusGone(_) | Event::BusBack(_) => {}
             Event::Saved(life, saved) => {
                 if life == self.life {
                     self.saved = *saved;

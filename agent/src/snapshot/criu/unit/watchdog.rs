@@ -113,7 +113,7 @@ mod tests {
 
     #[test]
     fn nobody_who_listens_is_no_error() {
-        drop(Fed::start("/nonexistent/notify".into(), 1, Duration::from_secs(60)));
+        drop(Fed::start("/nonexistent/notify".into(), 1, Duration::from_mins(1)));
         assert!(Fed::of(&Service::default()).is_none());
     }
 }
