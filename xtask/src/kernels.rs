@@ -24,7 +24,7 @@ use harness::{Cache, command, scaled};
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::package;
-use crate::setup::{self, KERNELS, Need};
+use crate::setup::{self, KERNELS, Need, emulator};
 use crate::workspace::Workspace;
 
 /// An emulated kernel is up in 30 s; a machine that does other things too needs more.
@@ -140,7 +140,7 @@ impl Machine {
         let [console, results] = outputs(scratch, version);
         let kernel = cache.path(format!("kernels/vmlinuz-{version}"));
         ensure!(kernel.is_file(), "{} is not there; remove the directory and run it again", kernel.display());
-        let mut qemu = Command::new("qemu-system-x86_64");
+        let mut qemu = emulator(cache);
         qemu.args(["-accel", "tcg", "-cpu", "max", "-m", "768M", "-smp", "1"])
             .args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot"])
             .args(["-serial", &format!("file:{}", console.display())])
@@ -159,6 +159,7 @@ impl Machine {
             .args(["--pdeathsig", "TERM", "timeout", "--foreground", "--kill-after=5", &limit])
             .arg(qemu.get_program())
             .args(qemu.get_args())
+            .envs(qemu.get_envs().filter_map(|(name, value)| Some((name, value?))))
             .stdin(Stdio::null());
         let emulator = timed.spawn().context("setpriv, of util-linux, cannot be started")?;
         Ok(Self { version, suite, emulator, start: Instant::now(), console, results })

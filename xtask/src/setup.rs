@@ -3,6 +3,7 @@
 
 mod apt;
 mod bpf;
+mod emulator;
 mod kernels;
 mod rootfs;
 mod tools;
@@ -14,6 +15,7 @@ use harness::step::{self, Outcome, Step};
 
 use crate::workspace::Workspace;
 
+pub(crate) use emulator::emulator;
 pub(crate) use kernels::KERNELS;
 
 /// What a command needs.
@@ -58,7 +60,8 @@ fn steps(need: Need) -> Vec<Box<dyn Step>> {
             Box::new(rootfs::RootFs),
         ],
         Need::Kernels => vec![
-            apt::packages("emulator", &["qemu-system-x86", "debian-archive-keyring", "xz-utils"]),
+            apt::packages("kernels", &["debian-archive-keyring", "xz-utils"]),
+            Box::new(emulator::Emulator),
             Box::new(kernels::Kernels),
         ],
         Need::Bench => vec![apt::packages("bench", &["borgbackup", "restic", "zstd"])],

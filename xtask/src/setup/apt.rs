@@ -126,6 +126,44 @@ fn install(names: &[&str], log: &Log) -> Result<()> {
     }
 }
 
+/// Puts a package, and what it needs that is not installed, into a directory instead of onto the machine: for
+/// what cannot be installed there without taking something else away.
+pub(super) fn unpack(name: &str, into: &Path, log: &Log) -> Result<()> {
+    let archives = into.join("archives");
+    fs::create_dir_all(&archives)?;
+    let fetch = || -> Result<()> {
+        let plan = command::ok(Command::new("apt-get").args(["--simulate", "install", name]).args([
+            "--no-install-recommends",
+            // Whatever it would remove is not touched: nothing is installed.
+            "--yes",
+        ]))?;
+        let mut download = Command::new("apt-get");
+        download.current_dir(&archives).arg("download").args(planned(&plan));
+        log.run(&mut download)
+    };
+    if fetch().is_err() {
+        // The lists may be old, or there may be none yet.
+        log.run(apt()?.arg("update"))?;
+        fetch().with_context(|| format!("{name} cannot be fetched"))?;
+    }
+    for archive in fs::read_dir(&archives)? {
+        log.run(Command::new("dpkg-deb").arg("--extract").arg(archive?.path()).arg(into))?;
+    }
+    Ok(fs::remove_dir_all(archives)?)
+}
+
+/// Name and version of what apt says it would install, as `NAME=VERSION`.
+fn planned(simulation: &str) -> Vec<String> {
+    let lines = simulation.lines().filter_map(|line| line.strip_prefix("Inst "));
+    let named = lines.filter_map(|line| {
+        let (name, rest) = line.split_once(' ')?;
+        // An older one that is installed stands before it, in square brackets.
+        let version = rest.split_once('(')?.1.split_whitespace().next()?;
+        Some(format!("{name}={version}"))
+    });
+    named.collect()
+}
+
 /// Whether dpkg was ended in the middle of its work: by its own notes of what it is doing (numbered files),
 /// or by a package that is neither here nor there.
 fn interrupted(updates: &Path, status: &str) -> bool {
@@ -214,6 +252,13 @@ mod tests {
     fn what_is_removed_but_configured_is_not_installed() {
         let status = "Package: a\nStatus: install ok installed\n\nPackage: b\nStatus: deinstall ok config-files\n\nPackage: c\nStatus: hold ok installed\n";
         assert_eq!(not_installed(status, &["a", "b", "c", "d"]), ["b", "d"]);
+    }
+
+    #[test]
+    fn what_apt_would_install_is_read_with_its_version() {
+        let plan = "Remv utils [1:10.0]\nInst seabios (1.16.2-1 Debian:12.15/oldstable [all])\n\
+                    Inst libc6 [2.36-9] (2.36-10 Debian:12.15/oldstable [amd64]) []\nConf seabios (1.16.2-1 x)\n";
+        assert_eq!(planned(plan), ["seabios=1.16.2-1", "libc6=2.36-10"]);
     }
 
     #[test]
