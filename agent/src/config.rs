@@ -161,11 +161,22 @@ pub struct Probe {
     pub elsewhere: bool,
     /// How many of these per minute become events; the rest is counted.
     pub elsewhere_per_minute: u32,
+    /// How often events that were lost on the way from the kernel are looked for (it counts them, and does not
+    /// announce them), and what could not be watched is tried again.
+    #[serde(with = "humantime_serde")]
+    pub drops_every: Duration,
 }
 
 impl Default for Probe {
     fn default() -> Self {
-        Self { ebpf: true, ring: ByteSize::mib(4), realtime: 10, elsewhere: true, elsewhere_per_minute: 60 }
+        Self {
+            ebpf: true,
+            ring: ByteSize::mib(4),
+            realtime: 10,
+            elsewhere: true,
+            elsewhere_per_minute: 60,
+            drops_every: Duration::from_secs(5),
+        }
     }
 }
 
@@ -827,6 +838,13 @@ impl Config {
                 key(&["probe", "ring"]),
                 format!("probe.ring is {}: the kernel takes powers of two from 4KiB", self.probe.ring),
                 "use for example \"4MiB\"".into(),
+            );
+        }
+        if self.probe.drops_every.is_zero() {
+            say(
+                key(&["probe", "drops_every"]),
+                "probe.drops_every is zero: lost events would be looked for without pause".into(),
+                "leave it out for its default, 5s".into(),
             );
         }
         if self.probe.realtime > 99 {

@@ -53,9 +53,6 @@ use crate::{
     },
 };
 
-/// How often lost events are looked for; they are counted in the kernel, which does not announce them.
-const DROPS_EVERY: Duration = Duration::from_secs(5);
-
 /// Runs ftd until it is told to stop.
 pub fn run(config: Config) -> Result<()> {
     let state_dir = config.node.state_dir.clone();
@@ -133,7 +130,7 @@ async fn serve(config: Config) -> Result<()> {
     // The kernel's word.
     let source = Arc::new(start_source(&config, &supervisor));
     tell_of_source(&bus, &source);
-    tokio::spawn(count_drops(Arc::clone(&bus), Arc::clone(&source)));
+    tokio::spawn(count_drops(Arc::clone(&bus), Arc::clone(&source), config.probe.drops_every));
 
     // systemd's word.
     let conversation = {
@@ -492,8 +489,8 @@ fn tell_of_watch(bus: &Bus, unit: &str, news: Kind) {
 }
 
 /// Tells of events that were lost between kernel and ftd, and tries again what could not be watched.
-async fn count_drops(bus: Arc<Bus>, source: Arc<Source>) {
-    let mut turns = tokio::time::interval(DROPS_EVERY);
+async fn count_drops(bus: Arc<Bus>, source: Arc<Source>, every: Duration) {
+    let mut turns = tokio::time::interval(every);
     let mut known: BTreeMap<String, u64> = BTreeMap::new();
     loop {
         turns.tick().await;

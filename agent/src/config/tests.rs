@@ -45,7 +45,7 @@ fn a_workloads_own_figures_go_before_the_general_ones_key_by_key() {
 fn an_unknown_key_names_line_and_the_nearest_known_one() {
     insta::assert_snapshot!(errors("[probe]\nrealtme = 3\n"), @r#"
     ftd.toml:2:1: unknown key "realtme"
-      mend: did you mean "realtime"? Known here: ebpf, ring, realtime, elsewhere, elsewhere_per_minute
+      mend: did you mean "realtime"? Known here: ebpf, ring, realtime, elsewhere, elsewhere_per_minute, drops_every
     "#);
 }
 
@@ -83,8 +83,11 @@ fn figures_that_contradict_each_other_print_the_inequality() {
 
 #[test]
 fn all_that_is_wrong_is_said_at_once() {
-    let text = errors("[journal]\nmax_size = \"1KiB\"\n[probe]\nrealtime = 120\nring = \"5MiB\"\n");
-    assert_eq!(text.matches("mend:").count(), 3, "{text}");
+    let text = errors(
+        "[journal]\nmax_size = \"1KiB\"\n[probe]\nrealtime = 120\nring = \"5MiB\"\n\
+                       drops_every = \"0s\"\n",
+    );
+    assert_eq!(text.matches("mend:").count(), 4, "{text}");
     assert!(text.contains("ftd.toml:2:1:") && text.contains("ftd.toml:4:1:"), "{text}");
 }
 
