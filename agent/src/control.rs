@@ -104,6 +104,13 @@ pub struct ProbeStatus {
     pub delivered: u64,
     /// Events lost, by cause, since ftd started.
     pub drops: Vec<(String, u64)>,
+    /// Runs of the kernel's programs that were left out because an interrupt came while the same program was at
+    /// work; most would have reported nothing.
+    #[serde(default)]
+    pub skipped: u64,
+    /// Units that the kernel does not watch, each with the reason. systemd's word on them remains.
+    #[serde(default)]
+    pub unwatched: Vec<(String, String)>,
 }
 
 /// `POST /v1/hold`

@@ -170,6 +170,9 @@ pub(super) fn status(status: &Status) -> Result<(), Failure> {
     if let Some(cause) = &status.journal {
         line(&paint(&format!("the journal cannot be written: {cause}"), Colour::Red));
     }
+    for (unit, why) in &status.probe.unwatched {
+        line(&paint(&format!("not watched by the kernel: {unit}: {why}"), Colour::Yellow));
+    }
     for (place, count) in status.probe.drops.iter().filter(|(_, count)| *count > 0) {
         line(&paint(&format!("lost: {count} events ({place})"), Colour::Yellow));
     }

@@ -192,16 +192,17 @@ pub async fn of_daemon(app: &App) -> Vec<Finding> {
         Ok(version) => ok("systemd", version),
         Err(error) => finding("systemd", Grade::Fail, error.to_string(), "is it PID 1 of this host?"),
     });
-    all.extend(of_probe(&app.source.status(), app.config.probe.realtime));
-    for missing in app.source.missing() {
+    let probe = app.source.status();
+    all.extend(of_probe(&probe, app.config.probe.realtime));
+    for missing in probe.missing {
         all.push(finding("kernel probes", Grade::Warn, missing, "a newer kernel has it"));
     }
-    for (unit, error) in app.source.unwatched() {
+    for (unit, error) in probe.unwatched {
         let found = format!("the kernel does not watch it: {error}");
         let mend = "as it says; ftd tries again every few seconds";
         all.push(finding(&format!("unit {unit}"), Grade::Warn, found, mend));
     }
-    let skipped = app.source.skipped();
+    let skipped = probe.skipped;
     if skipped > 0 {
         // The kernel does not say which, and there is nothing that could be done: so no warning.
         let found = format!(

@@ -151,31 +151,22 @@ impl Source {
     }
 
     /// Units that the kernel does not watch, each with the reason and the mend.
-    pub fn unwatched(&self) -> Vec<(String, String)> {
+    fn unwatched(&self) -> Vec<(String, String)> {
         let followed = self.followed();
         let with_error = followed.values().filter_map(|f| Some((f.unit.clone(), f.error.clone()?)));
         with_error.collect()
     }
 
     /// What this kernel lacks, each with its consequence.
-    pub fn missing(&self) -> Vec<String> {
+    fn missing(&self) -> Vec<String> {
         let Way::Ebpf(probe) = &self.way else { return Vec::new() };
         probe.missing().iter().map(|missing| format!("{}: {}", missing.what, missing.effect)).collect()
     }
 
-    /// See [`Drops::skipped`](super::Drops::skipped).
-    pub fn skipped(&self) -> u64 {
-        let Way::Ebpf(probe) = &self.way else { return 0 };
-        probe.drops().skipped
-    }
-
-    /// For `ftctl status` and `doctor`. What is missing are also units that cannot be watched.
+    /// For `ftctl status` and `doctor`.
     pub fn status(&self) -> ProbeStatus {
-        let cause = self.cause.clone();
-        let mut status = ProbeStatus { cause, missing: self.missing(), ..ProbeStatus::default() };
-        status
-            .missing
-            .extend(self.unwatched().into_iter().map(|(unit, why)| format!("watch on {unit}: {why}")));
+        let (cause, missing, unwatched) = (self.cause.clone(), self.missing(), self.unwatched());
+        let mut status = ProbeStatus { cause, missing, unwatched, ..ProbeStatus::default() };
         match &self.way {
             Way::Ebpf(probe) => {
                 let drops = probe.drops();
@@ -186,6 +177,7 @@ impl Source {
                     Realtime::Refused(cause) => format!("refused: {cause}"),
                 };
                 status.delivered = drops.delivered;
+                status.skipped = drops.skipped;
                 status.drops = vec![
                     (RING_FULL.into(), drops.ring_full),
                     (FILTER_FULL.into(), drops.cgroups_full),
@@ -234,8 +226,8 @@ mod tests {
         assert!(told.contains("cannot be watched"), "{told}");
         assert_eq!(source.follow(Slot(0), "a.service", &view("/a", NO_PID)), None, "nothing new");
         assert!(source.retry().is_empty());
-        assert_eq!(source.unwatched(), [("a.service".to_owned(), told.clone())]);
-        assert_eq!(source.status().missing, [format!("watch on a.service: {told}")]);
+        assert_eq!(source.status().unwatched, [("a.service".to_owned(), told)]);
+        assert!(source.status().missing.is_empty());
         let news = source.follow(Slot(0), "a.service", &view("/a", std::process::id()));
         assert_eq!(news, Some(Kind::UnitWatch { error: None }));
         assert!(source.unwatched().is_empty());
