@@ -237,7 +237,11 @@ fn list() {
             Ok(hosts) if hosts.is_empty() => println!("{id}  no hosts"),
             Ok(hosts) => {
                 for host in hosts {
-                    let state = host.pid().map_or_else(|_| "down".to_owned(), |pid| format!("up, PID {pid}"));
+                    let state = match host.pid() {
+                        Ok(pid) if host.is_frozen() => format!("frozen, PID {pid}"),
+                        Ok(pid) => format!("up, PID {pid}"),
+                        Err(_) => "down".to_owned(),
+                    };
                     println!("{id}  {}  {}  {state}", host.name(), host.address());
                 }
             }

@@ -142,6 +142,12 @@ impl Group {
         self.wait_event("frozen", frozen, limit)
     }
 
+    /// Whether everything in it and below is frozen.
+    pub fn is_frozen(&self) -> bool {
+        let events = fs::read_to_string(self.path.join("cgroup.events")).unwrap_or_default();
+        events.lines().any(|line| line == "frozen 1")
+    }
+
     /// Waits until `cgroup.events` has this value; the kernel wakes those who poll the file when it changes.
     fn wait_event(&self, name: &str, value: bool, limit: Duration) -> Result<()> {
         let path = self.path.join("cgroup.events");

@@ -251,6 +251,11 @@ impl Host {
         Group::at(&self.spec.unified).freeze(false, scaled(KERNEL_LIMIT))
     }
 
+    /// Whether it is frozen.
+    pub fn is_frozen(&self) -> bool {
+        Group::at(&self.spec.unified).is_frozen()
+    }
+
     /// Pulls its network cable: the host sees its link go down.
     pub fn cut(&self) -> Result<()> {
         self.leader()?;

@@ -95,6 +95,7 @@ fn all_that_can_be_done_to_a_host() {
 
     // Hanging: the kernel still accepts the connection, and nobody answers.
     two.freeze().unwrap();
+    assert!(two.is_frozen() && !one.is_frozen());
     assert!(!reaches(&one, &two));
     two.thaw().unwrap();
     assert!(reaches(&one, &two));
