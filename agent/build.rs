@@ -9,8 +9,9 @@
 //! | `FTD_BPF_BUILD_STD` | `1`: compile `core` from that toolchain's library source |
 //! | `FTD_CACHE` | where `cargo xtask setup` puts its tools; default `~/.cache/ftd` |
 //!
-//! Without these, what the machine has is taken: rustup's nightly with rust-src and a bpf-linker in
-//! PATH; else Debian's rustc-web, with the bpf-linker of `cargo xtask setup` or of PATH.
+//! Without these, what the machine has is taken: rustup's nightly with rust-src, else Debian's rustc-web; each
+//! with a bpf-linker that reads its bitcode, of `cargo xtask setup` or of PATH. What does not fit together is
+//! passed over.
 
 use std::{
     env, fs,
@@ -122,10 +123,15 @@ impl Toolchain {
             return Ok(vec![Self { cargo, rustc, linker, build_std }]);
         }
         let mut found = Vec::new();
-        if let Some(linker) = linker.clone().or_else(linker_in_path)
-            && let Some((cargo, rustc)) = rustup_nightly()
-        {
-            found.push(Self { cargo, rustc, linker, build_std: true });
+        if let Some((cargo, rustc)) = rustup_nightly() {
+            // `setup` builds one only where that of PATH does not do.
+            let linkers = linker.clone().map_or_else(
+                || cached_linker().into_iter().chain(linker_in_path()).collect(),
+                |linker| vec![linker],
+            );
+            for linker in linkers {
+                found.push(Self { cargo: cargo.clone(), rustc: rustc.clone(), linker, build_std: true });
+            }
         }
         let (cargo, rustc) = (PathBuf::from("/usr/bin/cargo"), PathBuf::from("/usr/bin/rustc"));
         let has_core = Path::new("/usr/lib/rustlib").join(TARGET).join("lib").is_dir();
@@ -137,8 +143,8 @@ impl Toolchain {
             found.push(Self { cargo, rustc, linker, build_std });
         }
         if found.is_empty() {
-            return Err("No toolchain for the BPF programs: neither rustup's nightly with rust-src and bpf-linker in \
-                 PATH, nor Debian's rustc-web with libstd-rust-web-dev-bpf and bpf-linker.\n\
+            return Err("No toolchain for the BPF programs: neither rustup's nightly with rust-src and \
+                 bpf-linker, nor Debian's rustc-web with libstd-rust-web-dev-bpf and bpf-linker.\n\
                  Run: cargo xtask setup   (or set FTD_EBPF_OBJ to a built agent-ebpf object)"
                 .into());
         }
@@ -197,7 +203,10 @@ impl Toolchain {
 
 /// cargo and rustc of rustup's nightly, if the library's source is with it.
 fn rustup_nightly() -> Option<(PathBuf, PathBuf)> {
-    let rustc = output(Command::new("rustup").args(["which", "--toolchain", "nightly", "rustc"]))?;
+    let mut which = Command::new("rustup");
+    // To look is not to install.
+    which.env("RUSTUP_AUTO_INSTALL", "0").args(["which", "--toolchain", "nightly", "rustc"]);
+    let rustc = output(&mut which)?;
     let rustc = PathBuf::from(rustc);
     let root = rustc.parent()?.parent()?;
     root.join("lib/rustlib/src/rust/library/Cargo.lock")
