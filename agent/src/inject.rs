@@ -40,6 +40,7 @@ use crate::{
 };
 
 pub mod balloon;
+pub mod trial;
 
 /// First and longest wait between attempts to undo.
 const UNDO_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));

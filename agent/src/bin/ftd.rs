@@ -5,7 +5,7 @@ use std::{io, os::fd::AsFd as _, path::PathBuf, process::ExitCode};
 use clap::{Parser, Subcommand};
 use ftd::{
     config, daemon,
-    inject::balloon,
+    inject::{balloon, trial},
     probe::selftest,
     snapshot::criu::{hand, worker},
 };
@@ -135,8 +135,10 @@ fn by_hand(log: &str, work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Resu
 }
 
 fn probe_test() -> anyhow::Result<()> {
-    let report = selftest::run(&mut io::stdout())?;
-    anyhow::ensure!(report.failed == 0, "{} checks failed", report.failed);
+    let mut out = io::stdout();
+    let report = selftest::run(&mut out)?;
+    let failed = report.failed + u32::from(!trial::run(&mut out)?);
+    anyhow::ensure!(failed == 0, "{failed} checks failed");
     Ok(())
 }
 

@@ -285,7 +285,7 @@ impl Drop for Dir {
 
 /// A cgroup is removed by rmdir alone, though it seems to hold files. Its processes have been
 /// waited for; the kernel may still need a moment.
-fn remove_below(dir: &Path) {
+pub(crate) fn remove_below(dir: &Path) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             remove_below(&entry.path());
