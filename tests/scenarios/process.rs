@@ -95,7 +95,7 @@ fn a_killed_service_goes_back_to_its_last_snapshot_with_all_that_it_knew() {
     assert!(newest["frozen_us"].as_u64() > Some(0) && newest["bytes"].as_u64() > Some(64 << 20), "{newest}");
     assert!(snapshots(&status)["taken"].as_u64() >= Some(good), "{status:#}");
     let text = host.ok(["ftctl", "status"]).unwrap();
-    assert!(text.contains("every 1000 ms") && text.contains("process"), "{text}");
+    assert!(text.contains("LAST GOOD") && text.contains("process"), "{text}");
     let (_, shown) =
         ftctl(&host, &["snapshot", "show", "worker", "--generation", &good.to_string()]).unwrap();
     assert_eq!(shown["units"][0]["main_pid"].to_string(), main, "{shown}");
@@ -173,13 +173,13 @@ fn stopped_by_a_snapshot_it_stays_so_until_it_is_restored() {
     assert!(refused.contains("no process to dump"), "{refused}");
 
     // Its number is taken; by clone3, which can choose one.
-    let taker = "import ctypes, struct, sys, time\ntid = (ctypes.c_int * 1)(int(sys.argv[1]))\n\
-        words = struct.pack('11Q', 0, 0, 0, 0, 17, 0, 0, 0, ctypes.addressof(tid), 1, 0)\n\
-        if ctypes.CDLL(None).syscall(435, words, 88) == 0: time.sleep(1000)\n";
-    host.write("/root/taker.py", taker).unwrap();
-    host.sh(&format!("python3 /root/taker.py {main} > /dev/null; test -e /proc/{main}")).unwrap();
+    let taker = "my $tid = pack('i', shift); my $at = unpack('Q', pack('P', $tid));\n\
+        my $words = pack('Q11', 0, 0, 0, 0, 17, 0, 0, 0, $at, 1, 0);\n\
+        if (syscall(435, $words, 88) == 0) { close(STDOUT); sleep 1000 }\n";
+    host.write("/root/taker.pl", taker).unwrap();
+    host.sh(&format!("perl /root/taker.pl {main} > /dev/null 2>&1; test -e /proc/{main}")).unwrap();
     let refused = ftctl(&host, &["restore", "worker"]).unwrap_err();
-    let cause = format!("its PID {main} belongs to python3 now");
+    let cause = format!("its PID {main} belongs to perl now");
     assert!(refused.contains(&cause) && refused.contains("nothing was touched"), "{refused}");
     events.until(&host, LIMIT, held).unwrap();
     host.sh(&format!("kill -9 {main}; while [ -e /proc/{main} ]; do sleep 0.01; done")).unwrap();
@@ -303,11 +303,10 @@ fn an_ftd_that_dies_in_the_middle_of_a_dump_leaves_the_service_running_and_nothi
 #[test]
 fn what_criu_cannot_save_is_named_and_goes_on() {
     let (_lab, host, mut events) = boot("", "", "[[workload]]\nname = \"odd\"\nunits = [\"odd\"]\n");
-    let program = "import ctypes, time\nlibc = ctypes.CDLL(None)\n\
-        if libc.syscall(425, 8, ctypes.create_string_buffer(120)) < 0: raise SystemExit(9)\n\
-        open('/root/odd.holds-it', 'w')\ntime.sleep(1000)\n";
-    host.write("/root/odd.py", program).unwrap();
-    host.write("/etc/systemd/system/odd.service", "[Service]\nExecStart=/usr/bin/python3 -u /root/odd.py\n")
+    let program = "my $about = \"\\0\" x 120; exit 9 if syscall(425, 8, $about) < 0;\n\
+        open(my $sign, '>', '/root/odd.holds-it'); close($sign); sleep 1000;\n";
+    host.write("/root/odd.pl", program).unwrap();
+    host.write("/etc/systemd/system/odd.service", "[Service]\nExecStart=/usr/bin/perl /root/odd.pl\n")
         .unwrap();
     let begun = "systemctl daemon-reload && systemctl start odd && \
                  while systemctl is-active -q odd && [ ! -e /root/odd.holds-it ]; do sleep 0.05; done";
