@@ -90,8 +90,9 @@ impl Ground {
 
     /// Restores a service by CRIU's own command line, as nobody's child.
     pub(super) fn bare_restore(&self, subject: &Subject, dir: &str) -> Result<()> {
-        let mut words = vec!["criu", "--no-default-config", "restore", "--restore-detached", "-D", dir];
-        words.extend(["-o", "bare.log", "-v4"]);
+        // What it starts keeps its output, and whoever would read that would wait for its end.
+        let mut words = vec!["sh", "-c", "exec \"$@\" > /dev/null 2>&1", "sh", "criu", "--no-default-config"];
+        words.extend(["restore", "--restore-detached", "-D", dir, "-o", "bare.log", "-v4"]);
         words.extend(COMMON);
         words.extend(subject.inherited.iter().flat_map(|word| ["--inherit-fd", word]));
         self.host.ok(words).map(drop)

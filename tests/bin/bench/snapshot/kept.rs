@@ -76,7 +76,7 @@ pub(super) fn measure(ground: &Ground, rounds: u32, memory: u32, out: &Path) -> 
     let mut kept = Kept { bytes: super::images::bytes(&first)?, generations: Vec::new(), back: Vec::new() };
     for round in 0..rounds {
         let mut images = Images::copy(&first, &scratch.0.join("images"))?;
-        let new = |kind: &Kind| Keeper::new(*kind, &disk.0.join(kind.name().replace(' ', "-")));
+        let new = |kind: &Kind| Keeper::new(*kind, &disk.0.join(format!("{kind:?}")));
         let mut keepers = Kind::ALL.iter().map(new).collect::<Result<Vec<_>>>()?;
         keepers.rotate_left(round as usize % Kind::ALL.len());
         for (number, changed) in (1..).zip(GENERATIONS) {
