@@ -138,6 +138,8 @@ fn a_cluster_is_made_joined_and_left_by_who_is_revoked() {
     event(&mut events, "peer_down", "vm2");
     event(&mut events, "peer_up", "vm2");
     vm2.ok(["systemctl", "kill", "-s", "KILL", "ftd"]).unwrap();
+    until("ftd is back", || vm2.run(["ftctl", "status"]).unwrap().status.code().filter(|code| *code != 3));
+    wait(&vm2, "vm1", "up");
     wait(&vm1, "vm2", "up");
 
     vm1.ok(["ftctl", "cluster", "revoke", "vm3"]).unwrap();
@@ -183,6 +185,52 @@ fn who_is_cut_off_is_down_and_who_is_healed_is_up_again() {
     }
     let up = wait(&vm1, "vm2", "up");
     assert!(up["round_trip_us"][0].as_u64().is_some_and(|us| us < 100_000), "{up}");
+}
+
+#[test]
+fn a_second_link_takes_over_before_anybody_is_down() {
+    let lab = Lab::new().unwrap();
+    let hosts = ["vm1", "vm2"].map(|name| {
+        let text = config(name, "")
+            .replace(&format!("listen = \"10.77.0.1{}:7443\"", &name[2..]), "listen = \"0.0.0.0:7443\"")
+            .replace(", \"vm3=10.77.0.13:7443\"", "")
+            .replace("=10.77.0.11:7443", "=10.77.0.11:7443,10.78.0.11:7443")
+            .replace("=10.77.0.12:7443", "=10.77.0.12:7443,10.78.0.12:7443");
+        let host = lab.boot(name, BootOptions::with_config(text)).unwrap();
+        host.wait_running().unwrap();
+        let add = format!(
+            "ip addr add 10.78.0.1{}/24 dev $(ip -o -4 addr show | awk '/10\\.77\\./ {{print $2; exit}}')",
+            &name[2..]
+        );
+        host.sh(&add).unwrap();
+        host
+    });
+    let [vm1, vm2] = &hosts;
+    vm1.ok(["ftctl", "cluster", "init"]).unwrap();
+    vm2.ok(["ftctl", "cluster", "join", &token(vm1, &[])]).unwrap();
+    let up = wait(vm1, "vm2", "up");
+    wait(vm2, "vm1", "up");
+    let mut events = Events::follow(vm1).unwrap();
+    // Whichever link is in use breaks; then the other, when the first is whole again.
+    let mut link = up["address"].as_str().unwrap().starts_with("10.77.");
+    for _ in 0..2 {
+        let (old, new) = if link { ("10.77.0.12", "10.78.0.12") } else { ("10.78.0.12", "10.77.0.12") };
+        vm2.sh(&format!(
+            "nft add table inet cut && nft add chain inet cut in '{{ type filter hook input priority 0; }}' && \
+             nft add chain inet cut out '{{ type filter hook output priority 0; }}' && \
+             nft add rule inet cut in ip daddr {old} udp sport 7443 drop && \
+             nft add rule inet cut in ip daddr {old} udp dport 7443 drop && \
+             nft add rule inet cut out ip saddr {old} udp dport 7443 drop && \
+             nft add rule inet cut out ip saddr {old} udp sport 7443 drop"
+        ))
+        .unwrap();
+        let path = event(&mut events, "peer_path", "vm2");
+        assert!(path["address"].as_str().unwrap().starts_with(new), "{path}");
+        vm2.ok(["nft", "delete", "table", "inet", "cut"]).unwrap();
+        link = !link;
+        wait(vm1, "vm2", "up");
+    }
+    assert!(!events.seen().iter().any(|event| event["event"] == "peer_down"), "{:#?}", events.seen());
 }
 
 #[test]

@@ -13,7 +13,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use quinn::{Connection, RecvStream, SendStream};
+use quinn::{Connection, ConnectionError, RecvStream, SendStream};
 use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::{
@@ -369,7 +369,7 @@ async fn serve(core: Arc<Core>, live: Arc<Live>) {
             return;
         }
     };
-    let farewell = matches!(&reason, quinn::ConnectionError::ApplicationClosed(close)
+    let farewell = matches!(&reason, ConnectionError::ApplicationClosed(close)
         if close.error_code.into_inner() == u64::from(code::STOPPING));
     tracing::debug!(peer = live.peer, %reason, "a connection has ended");
     core.lost(&live, why(&reason), farewell);
@@ -482,7 +482,7 @@ async fn hear(live: &Live) {
 }
 
 /// Sends heartbeats, and notices silence.
-async fn beat(core: &Core, live: &Live) {
+async fn beat(core: &Arc<Core>, live: &Arc<Live>) {
     let mut turns = tokio::time::interval(core.settings.heartbeat);
     turns.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut received = 0;
@@ -504,7 +504,14 @@ async fn beat(core: &Core, live: &Live) {
         if live.connection.send_datagram(Beat::Ping(number).encode().to_vec().into()).is_err() {
             return;
         }
-        let now_silent = live.silence() > core.settings.silent_after;
+        let silence = live.silence();
+        if silence > core.settings.down_after {
+            // QUIC's own limit grows with the round trip, which a host that was frozen makes very long.
+            refused::close(&live.connection, code::UNWANTED, "nothing was heard for too long");
+            core.lost(live, why(&ConnectionError::TimedOut), false);
+            return;
+        }
+        let now_silent = silence > core.settings.silent_after;
         if now_silent && !std::mem::replace(&mut silent, now_silent) {
             core.touch();
         }
