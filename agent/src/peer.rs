@@ -299,12 +299,7 @@ impl Peers {
             })
             .await?;
         core.rearm();
-        let core = Arc::clone(core);
-        tokio::spawn(async move {
-            // The port takes in nobody without a certificate any more, unless there is another token.
-            tokio::time::sleep(lasting + Duration::from_millis(10)).await;
-            core.rearm();
-        });
+        core.close_door_later();
         let (node, cluster) = (identity.node.clone(), identity.cluster.clone());
         let token = Token { authority, node, addresses: addresses.clone(), secret, until: until.as_second() };
         Ok(TokenMade { token: token.text(), cluster, until, addresses })
@@ -554,6 +549,17 @@ impl Core {
         }
     }
 
+    /// The port takes in nobody without a certificate any more when the last token has ended.
+    fn close_door_later(self: &Arc<Self>) {
+        let Some(until) = self.state().joins_until else { return };
+        let left = Duration::try_from(until.duration_since(jiff::Timestamp::now())).unwrap_or_default();
+        let core = Arc::clone(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(left + Duration::from_millis(10)).await;
+            core.rearm();
+        });
+    }
+
     /// Opens the port, and does all that goes on while it is open.
     fn run_port(self: &Arc<Self>) {
         let Some(listen) = self.listen else { return };
@@ -565,6 +571,8 @@ impl Core {
                 (state.port, state.problem) = (Some(port.clone()), None);
             }
             core.rearm();
+            // Of tokens that an earlier run has made.
+            core.close_door_later();
             let (name, until) = match core.identity().map(|identity| identity.facts()) {
                 Some(Ok(facts)) => (facts.name, facts.until),
                 _ => return,

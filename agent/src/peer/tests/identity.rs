@@ -68,6 +68,26 @@ async fn a_token_takes_in_one_node_in_its_time_and_who_is_refused_is_told_why() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_is_good_after_a_restart_and_the_door_is_closed_when_it_ends() {
+    let vm1 = Node::start("vm1", &[], "").await;
+    vm1.peers.init("c").await.unwrap();
+    vm1.listening().await;
+    let made = vm1.peers.token(Some(Duration::from_secs(5)), &[]).await.unwrap();
+    let (address, dir) = vm1.stop().await;
+    let vm1 = Node::start_at("vm1", address, &[], "", dir).await;
+    vm1.listening().await;
+    let stranger = strangers::Raw::new(None, tls::JOIN, &vm1);
+    let vm2 = Node::start("vm2", &[("vm1", vm1.address)], "").await;
+    assert!(stranger.connect(&vm1).await.is_ok(), "it is open");
+    sleep(Duration::from_secs(6)).await;
+    let late = cause(vm2.peers.join(&made.token).await);
+    assert!(late.contains("expired, at"), "{late}");
+    // Not even a handshake.
+    let closed = stranger.turned_away(&vm1).await;
+    assert!(closed.contains("120") || closed.contains("application protocol"), "{closed}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn secrets_are_for_their_owner_alone_and_a_token_is_not_stored() {
     let (vm1, vm2) = pair("").await;
     let token = vm1.peers.token(None, &[]).await.unwrap().token;

@@ -9,13 +9,13 @@ use super::{
 };
 
 /// A QUIC client that does what it likes, with the certificate of this node, or with none.
-struct Raw {
+pub(super) struct Raw {
     endpoint: Endpoint,
     client: ClientConfig,
 }
 
 impl Raw {
-    fn new(identity: Option<&Identity>, protocol: &[u8], trusted: &Node) -> Self {
+    pub(super) fn new(identity: Option<&Identity>, protocol: &[u8], trusted: &Node) -> Self {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let mut roots = rustls::RootCertStore::empty();
         roots.add(trusted.peers.core.identity().unwrap().authority().unwrap()).unwrap();
@@ -36,12 +36,12 @@ impl Raw {
         Self { endpoint, client: ClientConfig::new(Arc::new(client)) }
     }
 
-    async fn connect(&self, node: &Node) -> Result<Connection, quinn::ConnectionError> {
+    pub(super) async fn connect(&self, node: &Node) -> Result<Connection, quinn::ConnectionError> {
         self.endpoint.connect_with(self.client.clone(), node.address, &node.name).unwrap().await
     }
 
     /// Connects and waits for what comes of it: the end, with its reason.
-    async fn turned_away(&self, node: &Node) -> String {
+    pub(super) async fn turned_away(&self, node: &Node) -> String {
         let end = async {
             match self.connect(node).await {
                 Err(error) => error.to_string(),
