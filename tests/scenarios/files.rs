@@ -465,14 +465,14 @@ fn editors(value: u32) -> [(&'static str, String); 5] {
         (
             "vim",
             format!(
-                "cd /etc/app && : > .a.conf.swp && sleep 0.5 && : > 4913 && rm 4913 && mv a.conf a.conf~ && \
-                 echo VALUE={value} > a.conf && rm a.conf~ && sleep 0.5 && rm .a.conf.swp"
+                "cd /etc/app && : > .a.conf.swp && sleep 1 && : > 4913 && rm 4913 && mv a.conf a.conf~ && \
+                 echo VALUE={value} > a.conf && rm a.conf~ && sleep 1 && rm .a.conf.swp"
             ),
         ),
         (
             "emacs",
             format!(
-                "cd /etc/app && ln -s root@vm1.1:1 .#a.conf && sleep 0.5 && : > '#a.conf#' && sleep 0.5 && \
+                "cd /etc/app && ln -s root@vm1.1:1 .#a.conf && sleep 1 && : > '#a.conf#' && sleep 1 && \
                  cp -p a.conf a.conf~ && echo VALUE={value} > a.conf && rm '#a.conf#' .#a.conf"
             ),
         ),
@@ -482,8 +482,8 @@ fn editors(value: u32) -> [(&'static str, String); 5] {
                 "mkdir -p /tmp/p/DEBIAN /tmp/p/etc/app && cd /tmp/p && echo VALUE={value} > etc/app/a.conf && \
                  echo /etc/app/a.conf > DEBIAN/conffiles && printf 'Package: app\\nVersion: {value}\\nArchitecture: all\\n\
                  Maintainer: nobody <n@example.org>\\nDescription: a test\\n' > DEBIAN/control && \
-                 printf '#!/bin/sh\\nsleep 0.5\\n' > DEBIAN/preinst && chmod 755 DEBIAN/preinst && \
-                 dpkg-deb --build . /tmp/app.deb && dpkg --unpack /tmp/app.deb && sleep 0.5 && \
+                 printf '#!/bin/sh\\nsleep 1\\n' > DEBIAN/preinst && chmod 755 DEBIAN/preinst && \
+                 dpkg-deb --build . /tmp/app.deb && dpkg --unpack /tmp/app.deb && sleep 1 && \
                  dpkg --force-confnew --configure app"
             ),
         ),
@@ -492,7 +492,7 @@ fn editors(value: u32) -> [(&'static str, String); 5] {
 
 #[test]
 fn whatever_tool_edits_a_file_it_is_one_change_and_nothing_is_put_back() {
-    let (_lab, host, mut events) = pair(&format!("{PATIENT}{QUICK}"));
+    let (_lab, host, mut events) = pair(&format!("{PATIENT}{}", QUICK.replace("100ms", "400ms")));
     for value in 10..20 {
         let [.., (tool, edit)] = &editors(value)[..=value as usize % 5] else { unreachable!() };
         let from = events.seen().len();

@@ -177,13 +177,14 @@ fn is_hidden(name: &OsStr) -> bool {
     name.as_bytes().starts_with(b".")
 }
 
-/// Whether a file of this name is there only for the time of an edit or an upgrade: vim's swap files, emacs' locks and
-/// autosaved files, backups (`~`), and what dpkg has unpacked and not put in place yet.
+/// Whether a file of this name is there only for the time of an edit or an upgrade: vim's swap files and the one with which it
+/// tries whether it may write, emacs' locks and autosaved files, backups (`~`), and what dpkg has unpacked and not put in place yet.
 fn is_passing(name: &OsStr) -> bool {
     let name = name.as_bytes();
     let swap = || name.len() > 4 && name[..name.len() - 1].ends_with(b".sw");
     name.ends_with(b"~")
         || name.starts_with(b".") && swap()
+        || name == b"4913"
         || name.starts_with(b".#")
         || name.starts_with(b"#") && name.ends_with(b"#")
         || [&b".dpkg-new"[..], b".dpkg-tmp"].iter().any(|end| name.ends_with(end))
@@ -405,6 +406,7 @@ mod tests {
     #[case("/etc", "/etc/.ftd-restore-1-2", false)]
     #[case("/etc", "/etc/.a.conf.swp", false)]
     #[case("/etc", "/etc/a.swp", true)]
+    #[case("/etc", "/etc/d/4913", false)]
     #[case("/etc", "/etc/d/a.conf~", false)]
     #[case("/etc/*", "/etc/#a.conf#", false)]
     #[case("/etc/**/*.conf", "/etc/.#d/a.conf", false)]
