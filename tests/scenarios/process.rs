@@ -266,7 +266,7 @@ fn what_cannot_be_stored_does_not_end_and_is_told() {
 #[test]
 fn an_ftd_that_dies_in_the_middle_of_a_dump_leaves_the_service_running_and_nothing_else() {
     let schedule = "snapshot = { every = \"200ms\", process = true, keep = 3 }\n";
-    let (_lab, host, mut events) = boot("--memory 128 --dirty 20", "", schedule);
+    let (_lab, host, mut events) = boot("--memory 256 --dirty 20", "", schedule);
     give(&host, 1..=10);
     let (total, main) = (get(&host, "/total"), show(&host, "MainPID"));
     events.wait_for("snapshot_taken", WORKER).unwrap();

@@ -230,7 +230,7 @@ impl Rig {
 fn what_is_stopped_and_ruined_comes_back_as_it_was_hundreds_of_times() {
     const LOOK_EVERY: u64 = 50;
     let seed = given("FTD_SEED").unwrap_or_else(|| fastrand::u64(..));
-    let rounds = given("FTD_ROUNDS").unwrap_or(100);
+    let rounds = given("FTD_ROUNDS").unwrap_or(500);
     println!("FTD_SEED={seed}");
     let lab = Lab::new().unwrap();
     std::thread::scope(|scope| {
