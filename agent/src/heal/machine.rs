@@ -293,8 +293,9 @@ pub struct Machine {
     /// A job that is not ours takes, or took, the unit down: the run that it ends, as
     /// [`UnitView::inactive_exit`]. A start that was queued behind a death looks the same until it has begun.
     stopping: Option<u64>,
-    /// The job that had it reload last: should it end of that, then not because somebody stops it.
-    reload: u32,
+    /// The last job that is known not to stop it: it had it reload, or its start had failed when ftd looked. Should the
+    /// unit end of that, then not because somebody stops it.
+    no_stop: u32,
     /// The job of ours that is under way. There is one only during an outage.
     job: Option<JobId>,
     /// The last one asked for.
@@ -351,7 +352,7 @@ impl Machine {
             hold_ends,
             outage: None,
             stopping: None,
-            reload: 0,
+            no_stop: 0,
             job: None,
             last_job: JobId::default(),
             reachable: true,
@@ -582,13 +583,18 @@ impl Machine {
             out.push(Output::Note(Kind::UnitFound { alias: None }));
         }
         if self.view.active_state == "reloading" {
-            self.reload = self.view.job;
+            self.no_stop = self.view.job;
         }
         match self.view.active_state.as_str() {
             _ if self.view.is_active() => self.on_active(now, out),
             _ if self.view.is_down() => self.on_down(now, out),
             "deactivating" => {
-                if self.view.job != 0 && self.view.job != self.reload && self.job.is_none() {
+                if self.phase == Phase::Unknown && self.view.result != "success" {
+                    // What made it fail came before the first look, and the job may well be the start that
+                    // failed: systemd keeps it until all processes are gone.
+                    self.no_stop = self.view.job;
+                }
+                if self.view.job != 0 && self.view.job != self.no_stop && self.job.is_none() {
                     self.stopping = Some(self.view.inactive_exit);
                 }
                 if matches!(self.phase, Phase::Up | Phase::Unknown) {

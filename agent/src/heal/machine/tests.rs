@@ -325,6 +325,31 @@ fn who_ends_while_it_reloads_was_not_stopped() {
 }
 
 #[test]
+fn a_start_that_had_failed_before_ftd_could_look_was_no_stop() {
+    let failing = |rig: &mut Rig| {
+        rig.view.job = 9;
+        rig.state("deactivating", "stop-sigterm", "signal");
+        rig.view.job = 0;
+        starts(&rig.state("failed", "failed", "signal"))
+    };
+    let machine = Machine::new(policy(OnStop::Respect), Saved::default(), clocks(S));
+    let mut rig = Rig { machine, now: S, view: up(1, 1) };
+    assert_eq!(failing(&mut rig), 1, "ftd has just begun");
+    let mut rig = Rig::new();
+    rig.killed();
+    rig.step(Input::BusLost);
+    failing(&mut rig);
+    assert_eq!(rig.machine.phase(), Phase::Waiting, "the next attempt is on its way");
+    // A stop that nobody saw begin is one, as long as the service ends as it should.
+    let machine = Machine::new(policy(OnStop::Respect), Saved::default(), clocks(S));
+    let mut rig = Rig { machine, now: S, view: UnitView { job: 9, ..up(1, 1) } };
+    rig.state("deactivating", "stop-sigterm", "success");
+    rig.view.job = 0;
+    rig.state("failed", "failed", "exit-code");
+    assert_eq!(rig.machine.phase(), Phase::Left);
+}
+
+#[test]
 fn a_start_that_meets_a_stop_gives_way() {
     let mut rig = Rig::new();
     rig.exit(100, ExitStatus::Code(143));

@@ -275,6 +275,16 @@ impl World {
         }
     }
 
+    /// The unit is up, or at rest, and with that its jobs are over. One signal tells both, as in systemd
+    /// (`job_uninstall` puts the unit into the same queue as `unit_notify`); the jobs' own ends follow.
+    fn settled(&mut self, result: &str) {
+        let jobs = std::mem::take(&mut self.jobs);
+        self.tell();
+        for job in jobs {
+            self.job_over(job, JobOutcome::Ended(result.into()));
+        }
+    }
+
     // ---- systemd acts
 
     fn spawn(&mut self) {
@@ -313,8 +323,7 @@ impl World {
         if std::mem::take(&mut self.start_after_stop) {
             self.spawn();
         } else {
-            self.tell();
-            self.all_jobs_over(if asked { "canceled" } else { "failed" });
+            self.settled(if asked { "canceled" } else { "failed" });
         }
     }
 
@@ -373,8 +382,7 @@ impl World {
             let gone = self.delay(MS, 100 * MS);
             self.after(gone, Event::Reaped(pid, end));
         } else {
-            self.tell();
-            self.all_jobs_over("failed");
+            self.settled("failed");
         }
     }
 
@@ -493,16 +501,12 @@ impl World {
                 self.mind = Mind::Up;
                 // As systemd does, by the time.
                 self.run = (self.run + 1).max(self.now / US);
-                let jobs = std::mem::take(&mut self.jobs);
-                self.tell();
-                for job in jobs {
-                    self.job_over(job, JobOutcome::Ended("done".into()));
-                }
+                self.settled("done");
             }
             Event::BusGone(session) if session == self.session => self.feed(Input::BusLost),
             Event::BusBack(session) if session == self.session => {
                 // The machine's jobs of the old connection are nobody's now.
-                self.jobs.clear();
+                self.jobs.iter_mut().for_each(|job| *job = NOBODYS);
                 self.connect();
             }
             Event::AutoRestart | Event::Through(_) | Event::BusGone(_) | Event::BusBack(_) => {}
