@@ -293,8 +293,8 @@ pub struct Machine {
     /// A job that is not ours takes, or took, the unit down: the run that it ends, as
     /// [`UnitView::inactive_exit`]. A start that was queued behind a death looks the same until it has begun.
     stopping: Option<u64>,
-    /// The last job that is known not to stop it: it had it reload, or its start had failed when ftd looked. Should the
-    /// unit end of that, then not because somebody stops it.
+    /// The last job that is known not to stop it: it had it start or reload, or the unit had failed already when ftd
+    /// looked. Should the unit end of that, then not because somebody stops it.
     no_stop: u32,
     /// The job of ours that is under way. There is one only during an outage.
     job: Option<JobId>,
@@ -582,7 +582,8 @@ impl Machine {
         if !before.load_state.is_empty() && !before.is_loaded() {
             out.push(Output::Note(Kind::UnitFound { alias: None }));
         }
-        if self.view.active_state == "reloading" {
+        if matches!(self.view.active_state.as_str(), "activating" | "reloading") {
+            // systemd keeps the job of a start that failed until all processes are gone.
             self.no_stop = self.view.job;
         }
         match self.view.active_state.as_str() {
@@ -590,8 +591,7 @@ impl Machine {
             _ if self.view.is_down() => self.on_down(now, out),
             "deactivating" => {
                 if self.phase == Phase::Unknown && self.view.result != "success" {
-                    // What made it fail came before the first look, and the job may well be the start that
-                    // failed: systemd keeps it until all processes are gone.
+                    // What made it fail came before the first look, and the job may well be the start that failed.
                     self.no_stop = self.view.job;
                 }
                 if self.view.job != 0 && self.view.job != self.no_stop && self.job.is_none() {

@@ -340,6 +340,13 @@ fn a_start_that_had_failed_before_ftd_could_look_was_no_stop() {
     rig.step(Input::BusLost);
     failing(&mut rig);
     assert_eq!(rig.machine.phase(), Phase::Waiting, "the next attempt is on its way");
+    let mut rig = Rig::new();
+    rig.killed();
+    rig.step(Input::BusLost);
+    rig.view.job = 9;
+    rig.state("activating", "start", "success");
+    failing(&mut rig);
+    assert_eq!(rig.machine.phase(), Phase::Waiting, "the start was seen before it failed");
     // A stop that nobody saw begin is one, as long as the service ends as it should.
     let machine = Machine::new(policy(OnStop::Respect), Saved::default(), clocks(S));
     let mut rig = Rig { machine, now: S, view: UnitView { job: 9, ..up(1, 1) } };

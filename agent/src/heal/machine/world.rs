@@ -137,6 +137,8 @@ struct World {
     stop_job: bool,
     /// The machine's jobs that wait for the unit to be up.
     jobs: Vec<JobId>,
+    /// systemd's own number of its last job.
+    last_job: u32,
 
     session: u32,
     /// The first connection of this ftd's.
@@ -182,6 +184,7 @@ impl World {
             start_after_stop: false,
             stop_job: false,
             jobs: Vec::new(),
+            last_job: 0,
             session: 0,
             life_began: 0,
             connected: true,
@@ -238,7 +241,7 @@ impl World {
             sub_state: sub.into(),
             result: self.result.into(),
             main_pid: if matches!(self.mind, Mind::Up | Mind::Starting) { self.last_pid } else { 0 },
-            job: u32::from(self.stop_job || self.start_after_stop || !self.jobs.is_empty()),
+            job: if self.has_job() { self.last_job } else { 0 },
             active_enter: self.run,
             inactive_exit: self.last_pid.into(),
             n_restarts: self.n_restarts,
@@ -249,6 +252,10 @@ impl World {
             memory_max: u64::MAX,
             ..UnitView::default()
         }
+    }
+
+    fn has_job(&self) -> bool {
+        self.stop_job || self.start_after_stop || !self.jobs.is_empty()
     }
 
     fn tell(&mut self) {
@@ -328,6 +335,8 @@ impl World {
     }
 
     fn request(&mut self, job: JobId, restart: bool) {
+        // What it asks for becomes one with a job of the same kind that is there.
+        self.last_job += u32::from(!self.has_job());
         if self.stop_job {
             self.job_over(job, JobOutcome::StopPending);
             return;
@@ -429,6 +438,7 @@ impl World {
             }
             Deed::Stop => {
                 self.stops += 1;
+                self.last_job += 1;
                 // It replaces what is queued.
                 self.start_after_stop = false;
                 self.all_jobs_over("canceled");
@@ -436,12 +446,14 @@ impl World {
                 self.stop();
             }
             Deed::Start if self.stop_job => {
+                self.last_job += 1;
                 self.stop_job = false;
                 self.start_after_stop = true;
             }
             Deed::Start if self.mind == Mind::Down => self.spawn(),
             Deed::Restart => {
                 self.stops += 1;
+                self.last_job += 1;
                 self.start_after_stop = true;
                 self.stop();
             }
