@@ -2,9 +2,11 @@
 //!
 //! - [`lease`] (pure): the right to serve, for a time. Its head says why at most one node has it.
 //! - [`placement`] (pure): where workloads are, and where they shall be.
+//! - [`vip`]: the address under which a workload is found.
 
 pub mod lease;
 pub mod placement;
+pub mod vip;
 
 use std::fmt;
 

@@ -20,6 +20,7 @@ use toml::Spanned;
 
 use crate::unit::alias;
 
+pub mod address;
 pub mod cluster;
 mod explain;
 pub use explain::{ConfigError, Problem};
@@ -423,6 +424,9 @@ pub struct Workload {
     /// The nodes that may serve it, in order of preference: each gets its snapshots.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nodes: Vec<Spanned<String>>,
+    /// The service address, with the length of its network: on the interface of the node that serves, and on no other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<Spanned<String>>,
     /// `[workload.heal]`: this workload's own figures; what is left out is as in `[heal]`.
     #[serde(default)]
     pub heal: HealOverride,
@@ -432,6 +436,11 @@ impl Workload {
     /// Whether any files belong to it.
     pub fn has_files(&self) -> bool {
         self.unit_files || !self.files.is_empty()
+    }
+
+    /// Its service address, if it has one.
+    pub fn service_address(&self) -> Option<address::Address> {
+        address::Address::parse(self.address.as_ref()?.as_ref()).ok()
     }
 }
 

@@ -1,12 +1,16 @@
 //! `[cluster]`: the other nodes, and how is spoken with them.
 
-use std::{collections::HashSet, net::SocketAddr, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    net::SocketAddr,
+    time::Duration,
+};
 
 use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
-use super::{Config, explain};
+use super::{Config, address::Address, explain};
 
 /// `[cluster]`
 #[derive(Debug, Clone, Deserialize, Serialize)]
@@ -65,6 +69,14 @@ pub struct Cluster {
     pub token_longest: Duration,
     /// At most so many attempts to join a minute, from all sides together.
     pub joins_per_minute: u32,
+    /// How long is asked, before a service address is taken, whether somebody has it.
+    #[serde(with = "humantime_serde")]
+    pub probe: Duration,
+    /// So often is a service address announced after it was taken,
+    pub announce: u32,
+    /// and so long after each other.
+    #[serde(with = "humantime_serde")]
+    pub announce_every: Duration,
 }
 
 impl Default for Cluster {
@@ -90,6 +102,9 @@ impl Default for Cluster {
             token_for: Duration::from_mins(10),
             token_longest: days(1),
             joins_per_minute: 30,
+            probe: Duration::from_millis(60),
+            announce: 5,
+            announce_every: Duration::from_secs(1),
         }
     }
 }
@@ -252,10 +267,22 @@ pub(super) fn check(config: &Config, text: &str, say: &mut impl FnMut(Option<usi
             );
         }
     }
+    for (name, value, default) in
+        [("probe", cluster.probe, "60ms"), ("announce_every", cluster.announce_every, "1s")]
+    {
+        if !(Duration::from_millis(10)..=Duration::from_mins(1)).contains(&value) {
+            say(
+                key(name),
+                format!("cluster.{name} is {}: it must be from 10ms to 1min", time(value)),
+                format!("leave it out for its default, {default}"),
+            );
+        }
+    }
     for (name, value, most, default) in [
         ("handshakes", cluster.handshakes, 1024, 32),
         ("streams", cluster.streams, 16, 4),
         ("joins_per_minute", cluster.joins_per_minute as usize, 10_000, 30),
+        ("announce", cluster.announce as usize, 100, 5),
     ] {
         if !(1..=most).contains(&value) {
             say(
@@ -304,7 +331,21 @@ pub(super) fn check(config: &Config, text: &str, say: &mut impl FnMut(Option<usi
             "their defaults are 10min and 1d".into(),
         );
     }
+    let mut addresses = HashMap::new();
     for workload in &config.workloads {
+        if let Some(address) = &workload.address {
+            let at = address.span().start;
+            match Address::parse(address.as_ref()) {
+                Err((what, mend)) => say(Some(at), what, mend),
+                Ok(address) => {
+                    if let Some(line) = addresses.insert(address.ip, explain::line_of(text, at)) {
+                        let what =
+                            format!("{} is the address of two workloads (first in line {line})", address.ip);
+                        say(Some(at), what, "give each its own, or put their units together".into());
+                    }
+                }
+            }
+        }
         let mut seen = HashSet::new();
         for named in &workload.nodes {
             let (name, at) = (named.as_ref().as_str(), Some(named.span().start));
@@ -375,6 +416,18 @@ mod tests {
                     [[workload]]\nname = \"w\"\nunits = [\"a\"]\nnodes = [\"vm1\", \"vm2\", \"vm3\"]\n";
         let all = errors(text);
         assert!(all.contains("ftd.toml:9:24: \"vm3\" in nodes is neither this node"), "{all}");
+        let all = errors("[cluster]\nprobe = \"1ms\"\nannounce = 0\nannounce_every = \"2h\"\n");
+        assert!(all.contains("cluster.probe is 1ms: it must be from 10ms"), "{all}");
+        assert!(all.contains("ftd.toml:3") && all.contains("ftd.toml:4"), "{all}");
+        let all = errors(
+            "[[workload]]\nname = \"a\"\nunits = [\"a\"]\naddress = \"10.0.0.9/24\"\n[[workload]]\nname = \"b\"\n\
+             units = [\"b\"]\naddress = \"10.0.0.9/32\"\n[[workload]]\nname = \"c\"\nunits = [\"c\"]\naddress = \"x\"\n",
+        );
+        assert!(
+            all.contains("ftd.toml:8:11: 10.0.0.9 is the address of two workloads (first in line 4)"),
+            "{all}"
+        );
+        assert!(all.contains("ftd.toml:12:11: \"x\" is no service address"), "{all}");
         let config = Config::parse(&text.replace(", \"vm3\"", ""), Path::new("ftd.toml")).unwrap();
         assert_eq!(config.peers()[0].name, "vm2");
     }
