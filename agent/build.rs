@@ -1,9 +1,9 @@
-//! Builds ../agent-ebpf for the BPF target and leaves the object in `OUT_DIR`, where probe/bpf.rs
-//! embeds it; and makes the types of CRIU's messages from proto/criu.proto, for snapshot/criu.rs.
+//! Builds ../agent-ebpf for the BPF target and leaves its two objects in `OUT_DIR`, where probe/bpf.rs and
+//! cluster/fence.rs embed them; and makes the types of CRIU's messages from proto/criu.proto, for snapshot/criu.rs.
 //!
 //! | variable | meaning |
 //! |---|---|
-//! | `FTD_EBPF_OBJ` | a ready-made object; no BPF toolchain is needed then |
+//! | `FTD_EBPF_OBJ` | a ready-made object agent-ebpf, with `fence` beside it; no BPF toolchain is needed then |
 //! | `FTD_BPF_CARGO`, `FTD_BPF_RUSTC` | the toolchain to use, instead of those looked for below |
 //! | `FTD_BPF_LINKER` | bpf-linker, built against the LLVM of that rustc |
 //! | `FTD_BPF_BUILD_STD` | `1`: compile `core` from that toolchain's library source |
@@ -20,6 +20,8 @@ use std::{
 };
 
 const TARGET: &str = "bpfel-unknown-none";
+/// The probes, and the fence.
+const OBJECTS: [&str; 2] = ["agent-ebpf", "fence"];
 const VARIABLES: [&str; 7] = [
     "FTD_EBPF_OBJ",
     "FTD_BPF_CARGO",
@@ -55,12 +57,15 @@ fn messages() -> Result<(), String> {
 
 fn run() -> Result<(), String> {
     let out_dir = directory("OUT_DIR")?;
-    let out = out_dir.join("agent-ebpf");
     if let Some(object) = given("FTD_EBPF_OBJ") {
-        println!("cargo::rerun-if-changed={}", object.display());
-        return copy(&object, &out).map_err(|cause| {
-            format!("{cause}\nGive FTD_EBPF_OBJ the path of a built agent-ebpf, or unset it.")
-        });
+        let fence = object.with_file_name("fence");
+        for (from, name) in [&object, &fence].into_iter().zip(OBJECTS) {
+            println!("cargo::rerun-if-changed={}", from.display());
+            copy(from, &out_dir.join(name)).map_err(|cause| {
+                format!("{cause}\nGive FTD_EBPF_OBJ the path of a built agent-ebpf with fence beside it, or unset it.")
+            })?;
+        }
+        return Ok(());
     }
     let manifest_dir = directory("CARGO_MANIFEST_DIR")?;
     let source = manifest_dir.join("../agent-ebpf");
@@ -78,7 +83,10 @@ fn run() -> Result<(), String> {
         println!("cargo::rerun-if-changed={}", toolchain.linker.display());
         println!("cargo::rerun-if-changed={}", toolchain.rustc.display());
         match toolchain.build(&source, &target_dir) {
-            Ok(()) => return copy(&target_dir.join(TARGET).join("release/agent-ebpf"), &out),
+            Ok(()) => {
+                let built = target_dir.join(TARGET).join("release");
+                return OBJECTS.iter().try_for_each(|name| copy(&built.join(name), &out_dir.join(name)));
+            }
             Err(refusal) => refusals.push(refusal),
         }
     }

@@ -6,6 +6,8 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod fence;
+
 /// A slot that means "not a watched unit".
 pub const NO_SLOT: u32 = u32::MAX;
 

@@ -17,6 +17,7 @@ use crate::{
 
 mod client;
 mod cluster;
+mod fence;
 mod show;
 mod snapshot;
 
@@ -148,6 +149,15 @@ Examples:
   ftctl cluster peers                who can be reached, and how fast
   ftctl cluster revoke vm3           throw a node out")]
     Cluster(cluster::ClusterArgs),
+    /// Look at what keeps this host from answering for an address without a lease. As root; ftd need not run.
+    #[command(after_help = "\
+Packets of a service address pass only before the end of its lease: the kernel sees to that, even when ftd
+is stopped, hung or gone.
+
+Examples:
+  ftctl fence status           each address: how long its lease lasts yet, what passed, what was dropped
+  ftctl fence remove           when ftd is given up: the addresses off this host, then the fence")]
+    Fence(fence::FenceArgs),
     /// Say what this host has and lacks, each with cause and mend.
     Doctor(ConfigFile),
     /// Look at the configuration.
@@ -386,6 +396,7 @@ impl Cli {
                 return Ok(if ready { ExitCode::SUCCESS } else { ExitCode::from(NOT_WELL) });
             }
             Command::Cluster(args) => cluster::run(&client, args, json).await?,
+            Command::Fence(args) => fence::run(args, json).await?,
             Command::Doctor(file) => return doctor(&client, &file, json).await,
             Command::Config(ConfigCommand::Check { file }) => {
                 let config = match Config::load(&file) {

@@ -2,8 +2,10 @@
 //!
 //! - [`lease`] (pure): the right to serve, for a time. Its head says why at most one node has it.
 //! - [`placement`] (pure): where workloads are, and where they shall be.
+//! - [`fence`]: what makes a node unable to answer once its lease has ended.
 //! - [`vip`]: the address under which a workload is found.
 
+pub mod fence;
 pub mod lease;
 pub mod placement;
 pub mod vip;

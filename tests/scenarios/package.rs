@@ -287,4 +287,9 @@ fn services_do_not_notice_the_package() {
     let left: Vec<_> = after.difference(&before).filter(changed).collect();
     let gone: Vec<_> = before.difference(&after).filter(changed).collect();
     assert!(left.is_empty() && gone.is_empty(), "left behind: {left:#?}\ngone: {gone:#?}");
+    assert_eq!(
+        host.sh("findmnt --raw --noheadings --types bpf --output TARGET | grep ftd || true").unwrap(),
+        ""
+    );
+    assert!(!host.run(["test", "-e", "/run/ftd.bpf"]).unwrap().success(), "the fence's place is gone");
 }

@@ -74,7 +74,7 @@ enum Subcommands {
     /// Measure ftd on test hosts.
     #[command(
         disable_help_flag = true,
-        after_help = "Examples:\n  cargo xtask bench heal\n  cargo xtask bench snapshot"
+        after_help = "Examples:\n  cargo xtask bench heal\n  cargo xtask bench snapshot\n  cargo xtask bench fence"
     )]
     Bench {
         /// Passed on to the program `bench`.

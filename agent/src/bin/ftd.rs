@@ -4,6 +4,7 @@ use std::{io, os::fd::AsFd as _, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 use ftd::{
+    cluster::fence,
     config, daemon,
     inject::{balloon, trial},
     probe::selftest,
@@ -42,8 +43,18 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Try out the kernel probes on this kernel, thoroughly, and say what works.
+    /// Try out the kernel probes and the fence on this kernel, thoroughly, and say what works.
     ProbeTest,
+    /// Measure what the fence costs each kind of packet, and print it as JSON.
+    #[command(hide = true)]
+    FenceCost {
+        /// How often each is measured.
+        #[arg(long, default_value_t = 30)]
+        rounds: u32,
+        /// The mean of so many runs is taken.
+        #[arg(long, default_value_t = 1_000_000)]
+        repeat: u32,
+    },
     /// The helper of the fault `oom`.
     #[command(hide = true)]
     Balloon,
@@ -97,6 +108,7 @@ fn main() -> ExitCode {
     let done = match arguments.command {
         Some(Command::Balloon) => balloon::main().map_err(Into::into),
         Some(Command::ProbeTest) => probe_test(),
+        Some(Command::FenceCost { rounds, repeat }) => fence_cost(rounds, repeat),
         Some(Command::DumpUnit { unit, dir, stop }) => {
             by_hand(&arguments.log, || hand::dump(&unit, &dir, stop))
         }
@@ -137,8 +149,14 @@ fn by_hand(log: &str, work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Resu
 fn probe_test() -> anyhow::Result<()> {
     let mut out = io::stdout();
     let report = selftest::run(&mut out)?;
-    let failed = report.failed + u32::from(!trial::run(&mut out)?);
+    let failed = report.failed + u32::from(!trial::run(&mut out)?) + u32::from(!fence::trial::run(&mut out)?);
     anyhow::ensure!(failed == 0, "{failed} checks failed");
+    Ok(())
+}
+
+fn fence_cost(rounds: u32, repeat: u32) -> anyhow::Result<()> {
+    let costs = fence::cost::measure(rounds, repeat)?;
+    serde_json::to_writer(io::stdout(), &costs)?;
     Ok(())
 }
 

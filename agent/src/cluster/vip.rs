@@ -4,7 +4,7 @@
 //! network. [`Interface::probe`] asks the others on that network whether somebody has it: a last look
 //! that catches a stranger's host and a lease gone wrong, and does not replace the lease, for a host that does not
 //! answer may yet have it. [`Network::add`] puts it onto the interface (behind a closed fence, which is opened
-//! only with the lease). [`Interface::announce`] tells the network, so that nobody waits until
+//! only with the lease: see [`super::fence`]). [`Interface::announce`] tells the network, so that nobody waits until
 //! what he remembers of the old place runs out; again and again for a while, since an announcement may be lost,
 //! and somebody who was suspended may have spoken in between.
 //!

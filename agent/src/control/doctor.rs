@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{App, ProbeStatus};
 use crate::{
+    cluster::fence::{self, FenceError},
     config::Config,
     probe::{FILTER_FULL, RING_FULL, UNREADABLE},
     snapshot::criu::{
@@ -112,11 +113,38 @@ pub fn of_host(config: &Config) -> Vec<Finding> {
         ),
     });
     all.extend(of_criu(&CriuFacts::read(), facts::kernel(), facts::capabilities()));
+    if config.workloads.iter().any(|workload| workload.address.is_some()) {
+        all.push(of_fence(Path::new(fence::DEFAULT_DIR)));
+    }
     if config.workloads.is_empty() {
         let mend = "add a [[workload]] to the configuration; see ftd.toml(5)";
         all.push(finding("workloads", Grade::Warn, "nothing is under care", mend));
     }
     all
+}
+
+/// Whether service addresses of this host can be fenced.
+fn of_fence(dir: &Path) -> Finding {
+    const THING: &str = "fence";
+    match fence::look(dir) {
+        Ok(None) => ok(THING, format!("{}: no address yet", dir.display())),
+        Ok(Some(all)) => {
+            let conflicts: u64 = all.iter().map(|one| one.counters.conflicts).sum();
+            let found = format!("{}: {} addresses, {conflicts} conflicts", dir.display(), all.len());
+            if conflicts == 0 {
+                return ok(THING, found);
+            }
+            let mend = "another host says that it has an address of this one: see ftctl fence status, and look for it";
+            finding(THING, Grade::Warn, found, mend)
+        }
+        Err(error @ FenceError::NoBpffs { .. }) => {
+            let mend = "systemctl start run-ftd.bpf.mount";
+            finding(THING, Grade::Fail, error.to_string(), mend)
+        }
+        Err(error) => {
+            finding(THING, Grade::Fail, error.to_string(), "see the cause; ftctl doctor wants root for it")
+        }
+    }
 }
 
 /// What snapshots of processes need. Without it those of files still work: nothing here is a failure.

@@ -11,7 +11,7 @@
 //!
 //! ```text
 //! decision heal slowdown cost flood programs    one file for each thing that is measured
-//! snapshot                                      the same for snapshots
+//! snapshot  fence                               the same for snapshots, and for the fence
 //! site                                          the host, ftd on it, what they say of themselves
 //! client  load                                  who asks nginx / who makes processes
 //! report  stats                                 goals, tables, files / medians and their kin
@@ -21,6 +21,7 @@ mod client;
 mod clock;
 mod cost;
 mod decision;
+mod fence;
 mod flood;
 mod heal;
 mod load;
@@ -49,7 +50,8 @@ use crate::site::Site;
         cargo xtask bench heal\n  \
         cargo xtask bench heal --quick\n  \
         cargo xtask bench heal --only flood --only programs\n  \
-        cargo xtask bench snapshot"
+        cargo xtask bench snapshot\n  \
+        cargo xtask bench fence"
 )]
 struct Arguments {
     #[command(subcommand)]
@@ -62,6 +64,8 @@ enum Subcommands {
     Heal(Options),
     /// Snapshots of running services: how long they stand still, how fast and how small they are kept.
     Snapshot(snapshot::Options),
+    /// What the fence of service addresses costs each packet.
+    Fence(fence::Options),
     /// The program that makes processes, here or on a host; see the module `load`.
     #[command(hide = true)]
     Load {
@@ -111,6 +115,7 @@ fn main() -> ExitCode {
     let done = match Arguments::parse().command {
         Subcommands::Heal(options) => heal(&options),
         Subcommands::Snapshot(options) => snapshot::measure(&options),
+        Subcommands::Fence(options) => fence::measure(&options),
         Subcommands::Load { socket, cpu } => load::serve(socket.as_deref(), cpu).map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {
