@@ -532,11 +532,7 @@ impl Machine {
             }
             return;
         }
-        let before = self.phase_since;
-        let up = self.phase == Phase::Up;
-        if up && at.since(before) >= self.policy.heal.settle {
-            self.in_a_row = 0;
-        }
+        self.end_row_if_settled(at);
         self.begin(cause, detail, at, clean);
         self.enter(Phase::Ending, now, Some(self.policy.heal.systemd_grace));
         if clean || by_systemd || status.is_none() {
@@ -585,6 +581,9 @@ impl Machine {
         if matches!(self.view.active_state.as_str(), "activating" | "reloading") {
             // systemd keeps the job of a start that failed until all processes are gone.
             self.no_stop = self.view.job;
+        }
+        if !self.view.is_active() {
+            self.end_row_if_settled(now);
         }
         match self.view.active_state.as_str() {
             _ if self.view.is_active() => self.on_active(now, out),
@@ -701,9 +700,6 @@ impl Machine {
             self.enter(Phase::Left, now, None);
             return;
         }
-        if self.phase == Phase::Up && now.since(self.phase_since) >= self.policy.heal.settle {
-            self.in_a_row = 0;
-        }
         let (cause, detail, clean) = self.cause();
         let stopped = self.stopping.take() == Some(self.view.inactive_exit);
         if stopped || first_look && cause == Cause::Exited {
@@ -804,6 +800,7 @@ impl Machine {
     /// systemd cannot be asked. Its first word when it can again decides how to go on.
     fn out_of_reach(&mut self, now: BootNs) {
         self.reachable = false;
+        self.end_row_if_settled(now);
         if self.phase == Phase::Up {
             self.lost_sight = self.run;
         }
@@ -859,9 +856,7 @@ impl Machine {
             let error = format!("it runs again, but {check}: {error}");
             out.push(Output::Note(Kind::HealFailed { attempt: self.in_a_row, error }));
         } else {
-            if now.since(self.phase_since) >= self.policy.heal.settle {
-                self.in_a_row = 0;
-            }
+            self.end_row_if_settled(now);
             let detail = format!("it runs and does not answer: {check}: {error} ({failures} times)");
             self.begin(Cause::Hung, detail, now, false);
             self.announce(out);
@@ -983,6 +978,15 @@ impl Machine {
         self.job = Some(job);
         self.enter(Phase::Working, now, None);
         out.push(Output::Save);
+    }
+
+    /// Called before it is up no more: if it was for long enough, the next attempt is the first in a row.
+    fn end_row_if_settled(&mut self, now: BootNs) {
+        // One that runs and still does not answer is up, and not healed.
+        let up = self.phase == Phase::Up && self.outage.is_none();
+        if up && now.since(self.phase_since) >= self.policy.heal.settle {
+            self.in_a_row = 0;
+        }
     }
 
     fn take_back_attempt(&mut self) {

@@ -570,6 +570,32 @@ fn a_service_that_has_settled_begins_its_back_off_anew() {
 }
 
 #[test]
+fn however_it_goes_down_after_it_has_settled_the_back_off_begins_anew() {
+    let down = |rig: &mut Rig, way: u8| {
+        match way {
+            0 => {
+                rig.view.job = 9;
+                rig.state("deactivating", "stop-sigterm", "success");
+                rig.exit(rig.view.main_pid, ExitStatus::Code(0));
+                rig.view.job = 0;
+            }
+            1 => drop(rig.state("deactivating", "final-sigterm", "signal")),
+            _ => drop(rig.step(Input::BusLost)),
+        }
+        rig.state("failed", "failed", "signal")
+    };
+    for way in 0..3 {
+        for (up, wanted) in [(11 * S, 1), (S, 0)] {
+            let mut rig = Rig::with(policy(OnStop::Restart), Saved::default());
+            rig.heal_once();
+            rig.now += up;
+            let outputs = down(&mut rig, way);
+            assert_eq!(starts(&outputs), wanted, "way {way}, up for {up} ns: {outputs:?}");
+        }
+    }
+}
+
+#[test]
 fn a_start_that_fails_is_tried_again_later() {
     let mut rig = Rig::new();
     rig.killed();
