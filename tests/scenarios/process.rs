@@ -364,3 +364,30 @@ fn what_is_not_the_same_program_any_more_is_refused_before_anything_is_touched()
     assert!(serves() && !host.read("/etc/nginx/nginx.conf").unwrap().contains("# longer"));
     assert_nothing_left(&host);
 }
+
+/// Who has connected and is not accepted yet hinders no dump, and is served by the process that runs on.
+#[test]
+fn who_is_not_accepted_yet_is_no_obstacle_and_is_served_after() {
+    let (_lab, host, mut events) = boot("", "", "");
+    events.until_proven(&host, 1).unwrap();
+    give(&host, 1..=3);
+    // A stopped process accepts nobody; that it does not answer is not to be healed.
+    ftctl(&host, &["hold", "worker"]).unwrap();
+    let client = format!(
+        "import socket\ns = socket.create_connection(('127.0.0.1', {WORKER_PORT}))\n\
+         s.sendall(b'GET /total HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n')\n\
+         print('connected', flush=True)\ntext = b''\n\
+         while more := s.recv(4096):\n    text += more\nprint(text.split(b'\\r\\n')[-1].decode())\n"
+    );
+    host.write("/root/client.py", client).unwrap();
+    let said = host
+        .sh("mkfifo /root/said && systemctl kill -s STOP worker && \
+             { python3 /root/client.py > /root/said & } && exec 3< /root/said && read -r word <&3 && echo $word && \
+             ftctl snapshot take jobs --process > /root/taken; echo $?; systemctl kill -s CONT worker; cat <&3")
+        .unwrap();
+    let lines: Vec<_> = said.lines().collect();
+    assert_eq!(lines[..2], ["connected", "0"], "{said}");
+    let total: Value = serde_json::from_str(lines[2]).unwrap();
+    assert_eq!(total["done"], 3, "{said}");
+    assert_nothing_left(&host);
+}

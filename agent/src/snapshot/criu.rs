@@ -368,6 +368,9 @@ impl Criu {
             leave_stopped: Some(dump.after == After::Stop),
             timeout: Some(dump.freeze_limit.as_secs().max(1) as u32),
             tcp_established: Some(true),
+            // Who is not accepted yet has not been served anything, and stays with the process that runs on; on a
+            // service that is busy there is always one, and CRIU would refuse.
+            tcp_skip_in_flight: Some(true),
             network_lock: Some(NetworkLockMethod::Nftables.into()),
             external: dump.external.clone(),
             // Datagram sockets to one with a name (syslog, systemd) are connected again by that name.
