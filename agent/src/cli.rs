@@ -18,6 +18,7 @@ use crate::{
 mod client;
 mod cluster;
 mod fence;
+mod migrate;
 mod show;
 mod snapshot;
 
@@ -138,6 +139,16 @@ Example:
         /// The unit.
         unit: String,
     },
+    /// Move a running workload to another node, with all that it has in memory.
+    #[command(after_help = "\
+The workload is under care on both nodes, and its units are stopped on the target. Until the target says that it
+runs, it stands still here, whole; whatever fails before lets it go on here.
+
+Examples:
+  ftctl migrate web --to vm2 --dry-run   what would be in the way; touches nothing
+  ftctl migrate web --to vm2
+  ftctl migrate web --decide here        vm2 is gone in the middle, and does not run it")]
+    Migrate(migrate::MigrateArgs),
     /// Make a cluster of several nodes, join one, and look at the others.
     #[command(after_help = "\
 Where this node listens for others says node.listen in the configuration, where they are cluster.peers.
@@ -395,6 +406,7 @@ impl Cli {
                 let ready = report.ready();
                 return Ok(if ready { ExitCode::SUCCESS } else { ExitCode::from(NOT_WELL) });
             }
+            Command::Migrate(args) => migrate::run(&client, args, json).await?,
             Command::Cluster(args) => cluster::run(&client, args, json).await?,
             Command::Fence(args) => fence::run(args, json).await?,
             Command::Doctor(file) => return doctor(&client, &file, json).await,

@@ -23,6 +23,7 @@ use crate::unit::alias;
 pub mod address;
 pub mod cluster;
 mod explain;
+pub mod migrate;
 pub use explain::{ConfigError, Problem};
 
 /// Where the packaged configuration lives.
@@ -56,6 +57,8 @@ pub struct Config {
     pub snapshot: Snapshot,
     /// The other nodes.
     pub cluster: cluster::Cluster,
+    /// Services that move to other nodes.
+    pub migrate: migrate::Migrate,
     /// What is under care.
     #[serde(rename = "workload")]
     pub workloads: Vec<Workload>,
@@ -762,6 +765,7 @@ impl Config {
                 "lower it; its default is 2min".into(),
             );
         }
+        migrate::check(&self.migrate, |name, error, mend| say(key(&["migrate", name]), error, mend));
         let inject = &self.inject;
         if inject.default_for < Duration::from_millis(100) || inject.default_for > inject.longest {
             let time = humantime::format_duration;

@@ -17,6 +17,7 @@ use crate::{
         supervisor::{Supervisor, UnitStatus},
     },
     inject::{Faults, Record},
+    migrate::{Migrations, Progress},
     peer::Peers,
     probe::Source,
     replicate::{ReplicaStatus, Replicas},
@@ -26,6 +27,7 @@ use crate::{
 };
 
 pub mod doctor;
+pub mod migrate;
 pub mod peers;
 pub mod server;
 
@@ -54,6 +56,8 @@ pub struct App {
     pub peers: Peers,
     /// Snapshots on their way to them.
     pub replicas: Replicas,
+    /// Services on their way from and to other nodes.
+    pub migrations: Migrations,
     /// When ftd started.
     pub started: jiff::Timestamp,
 }
@@ -86,6 +90,9 @@ pub struct Status {
     /// How far snapshots are on other nodes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub replicas: Vec<ReplicaStatus>,
+    /// Services on their way to other nodes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub migrations: Vec<Progress>,
 }
 
 /// The probe, as `ftctl status` shows it.
@@ -194,6 +201,7 @@ impl App {
             snapshots: self.snapshots.all(),
             faults: self.faults.list(),
             replicas: self.replicas.status(),
+            migrations: self.migrations.all(),
         }
     }
 

@@ -34,6 +34,7 @@ use crate::{
         supervisor::Supervisor,
     },
     inject::Faults,
+    migrate::Migrations,
     peer::Peers,
     probe::{self, ProbeOptions, Slot, Source},
     replicate,
@@ -176,6 +177,7 @@ async fn serve(config: Config) -> Result<()> {
     // Other nodes.
     let peers = Peers::start(&config, Arc::clone(&bus)).await;
     let replicas = replicate::start(&config, &peers, &bus);
+    let migrations = Migrations::start(&config, &bus, &peers, &supervisor, &saving, &systemd);
 
     // People.
     let faults = Faults::new(
@@ -202,6 +204,7 @@ async fn serve(config: Config) -> Result<()> {
         metrics,
         peers,
         replicas,
+        migrations,
         started,
     });
     faults.recover_left_over();

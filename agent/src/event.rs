@@ -534,6 +534,52 @@ pub enum Kind {
         /// The other node.
         peer: String,
     },
+    /// A workload that moves to or from another node has come to a new phase. The first opens an operation.
+    MigrationPhase {
+        /// The workload.
+        workload: String,
+        /// The move's id, the same on both nodes.
+        migration: String,
+        /// The other node.
+        peer: String,
+        /// It leaves this node; else it comes.
+        leaves: bool,
+        /// What is done now.
+        phase: String,
+        /// Particulars.
+        #[serde(default, skip_serializing_if = "String::is_empty")]
+        detail: String,
+    },
+    /// A workload has moved away from this node and runs on another. Closes the operation.
+    Migrated {
+        /// The workload.
+        workload: String,
+        /// The move's id.
+        migration: String,
+        /// The node that it runs on.
+        to: String,
+        /// From the request to the end, milliseconds.
+        took_ms: u64,
+        /// From the freeze until the other node said that it serves, milliseconds.
+        blackout_ms: u64,
+        /// Bytes of its images.
+        bytes: u64,
+        /// Bytes that they were on the wire.
+        wire_bytes: u64,
+    },
+    /// A workload was to move and runs where it was. Closes the operation.
+    MigrationFailed {
+        /// The workload.
+        workload: String,
+        /// The move's id.
+        migration: String,
+        /// The node that it was to move to.
+        peer: String,
+        /// Why.
+        cause: String,
+        /// What a person can do.
+        mend: String,
+    },
     /// A fault is injected now. Opens an operation.
     FaultInjected {
         /// Its id, for `ftctl inject recover`.

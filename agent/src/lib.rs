@@ -5,7 +5,7 @@
 //! ```text
 //! cli  control          people: ftctl, the API on a unix socket
 //! telemetry             numbers for the outside
-//! inject                what is broken on purpose
+//! inject  migrate       what is done on purpose: faults, moves to other nodes
 //! heal  cluster         decisions on this host / between hosts
 //! replicate             snapshots of this host -> other nodes
 //! snapshot  peer        state -> bytes that outlive it, and back / other nodes
@@ -22,6 +22,7 @@ pub mod daemon;
 pub mod event;
 pub mod heal;
 pub mod inject;
+pub mod migrate;
 pub mod peer;
 pub mod probe;
 pub mod replicate;

@@ -255,6 +255,12 @@ impl Peers {
         self.core.reach(node).is_ok()
     }
 
+    /// The connection with this node, by a number; `None`: there is none. Another number: what was asked for on the one
+    /// before, and is not answered yet, may never be. A killed ftd and a cut link say no good-bye.
+    pub fn link_of(&self, node: &str) -> Option<usize> {
+        self.core.reach(node).ok().map(|live| live.connection.stable_id())
+    }
+
     /// Changes whenever a connection comes or goes: who waits for one looks again.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.core.changes.subscribe()

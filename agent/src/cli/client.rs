@@ -141,6 +141,31 @@ impl Client {
         self.in_time(async { self.answer(self.request(Method::POST, path, body).await?).await }).await
     }
 
+    /// Posts, and reads a stream of lines to its end.
+    pub(super) async fn post_lines(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+        mut each: impl FnMut(&str),
+    ) -> Result<(), Failure> {
+        let body = serde_json::to_vec(body).map_err(|error| Failure::Local(error.to_string()))?;
+        let mut body = self.in_time(self.request(Method::POST, path, body)).await?.into_body();
+        let mut rest = Vec::new();
+        loop {
+            let frame = self.in_time(async {
+                body.frame().await.transpose().map_err(|error| self.unreachable(&io::Error::other(error)))
+            });
+            // What was said before it broke off was said.
+            let Ok(Some(frame)) = frame.await else { return Ok(()) };
+            let Ok(data) = frame.into_data() else { continue };
+            rest.extend_from_slice(&data);
+            while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = rest.drain(..=end).collect();
+                each(String::from_utf8_lossy(&line).trim_end());
+            }
+        }
+    }
+
     /// Reads a stream of lines to its end.
     pub(super) async fn lines(
         &self,

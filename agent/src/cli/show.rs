@@ -609,6 +609,19 @@ fn describe(kind: &Kind) -> (String, Option<Colour>) {
         Kind::ReplicaCaughtUp { workload, peer } => {
             (format!("{workload}: {peer} has all snapshots again"), Some(Green))
         }
+        Kind::MigrationPhase { workload, peer, leaves, phase, detail, .. } => {
+            let way = if *leaves { "to" } else { "from" };
+            let detail = if detail.is_empty() { String::new() } else { format!(" ({detail})") };
+            (format!("{workload}, on the move {way} {peer}: {phase}{detail}"), Some(Yellow))
+        }
+        Kind::Migrated { workload, to, took_ms, blackout_ms, bytes, .. } => {
+            let (bytes, all, still) = (ByteSize(*bytes), took(*took_ms), took(*blackout_ms));
+            (format!("{workload} runs on {to} ({bytes} in {all}, stood still for {still})"), Some(Green))
+        }
+        Kind::MigrationFailed { workload, peer, cause, mend, .. } => (
+            format!("{workload} is not moved to {peer} and runs here: {cause}{}", mend_line(mend)),
+            Some(Red),
+        ),
         Kind::FaultInjected { id, detail, .. } => (format!("FAULT {id}: {detail}"), Some(Yellow)),
         Kind::FaultUndone { id, why } => (format!("fault {id} is over ({why})"), None),
         Kind::FaultTrouble { id, error } => (format!("fault {id}: {error}"), Some(Red)),

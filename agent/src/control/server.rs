@@ -38,7 +38,7 @@ use tokio::{
     },
 };
 
-use super::{App, CheckQuery, EventsQuery, Hold, Recover, Refusal, Release, doctor, peers};
+use super::{App, CheckQuery, EventsQuery, Hold, Recover, Refusal, Release, doctor, migrate, peers};
 use crate::{
     config::{self, Api, Config},
     event::{Event, Kind, bus::Bus, journal},
@@ -192,6 +192,7 @@ fn whole() -> Router<Arc<App>> {
         .route("/v1/recover", post(recover))
         .route("/v1/snapshots", post(told_of_snapshot))
         .merge(peers::routes())
+        .merge(migrate::routes())
 }
 
 impl IntoResponse for Refusal {

@@ -104,6 +104,11 @@ impl Places {
         Err(ScratchError::NoRoom { need, places, disk: self.disk.clone() })
     }
 
+    /// Whether [`Self::make`] finds room now.
+    pub fn room_for(&self, need: u64) -> Result<(), ScratchError> {
+        self.make(need).map(drop)
+    }
+
     /// Removes what makers that are dead have left; says how many directories.
     pub fn sweep(&self) -> usize {
         let dirs = [&self.memory, &self.disk].into_iter().filter_map(|dir| fs::read_dir(dir).ok());

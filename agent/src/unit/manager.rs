@@ -235,6 +235,15 @@ impl Systemd {
         self.job(&connection, "StartUnit", unit, "fail", limit).await
     }
 
+    /// Clears a unit's failure and start-limit counters; nothing happens to one that is not loaded.
+    pub async fn reset_failed(&self, unit: &str) {
+        if let Ok(connection) = self.connection()
+            && let Err(error) = call(&connection, PATH, MANAGER, "ResetFailedUnit", &(unit,)).await
+        {
+            tracing::debug!(unit, %error, "its failure is not cleared");
+        }
+    }
+
     /// Stops a unit, replacing what is queued for it; answers the job's result.
     pub async fn stop(&self, unit: &str, limit: Duration) -> Result<String, JobError> {
         self.job(&self.connection()?, "StopUnit", unit, "replace", limit).await

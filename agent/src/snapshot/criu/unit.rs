@@ -56,6 +56,7 @@ use crate::unit::{
 
 mod drop_in;
 mod error;
+mod halt;
 mod look;
 mod record;
 mod watchdog;
@@ -64,6 +65,7 @@ pub use drop_in::sweep;
 use drop_in::{Placed, STARTING, STOP_QUIETLY, STOPPING, pid_file_of, start_by_criu};
 pub use error::UnitError;
 use error::file;
+pub use halt::{end, halt, loud, quiet, runs_as, thaw};
 pub use look::{Granted, in_the_way};
 use look::{look, visible};
 pub(in crate::snapshot) use record::MANIFEST;
@@ -160,7 +162,7 @@ impl Looked {
             journal,
             nulls,
             own_mounts,
-            stopped: after == After::End,
+            stopped: after != After::Run,
             machine,
             kernel,
             criu,
@@ -332,12 +334,32 @@ pub async fn restore_unit(
     restored.pop().ok_or_else(|| UnitError::Several(Vec::new()))
 }
 
+/// What becomes of connections that were established at the dump.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Connections {
+    /// They go on. The addresses that they have on this side must be there.
+    Keep,
+    /// They are closed.
+    Close,
+}
+
 /// Restores units that are down, one after another. Nothing is touched unless nothing is in the way of any.
 pub async fn restore_units(
     systemd: &Systemd,
     criu: &Criu,
     units: &[(String, PathBuf)],
     limit: Duration,
+) -> Result<Vec<Restored>, UnitError> {
+    restore_units_with(systemd, criu, units, limit, Connections::Keep).await
+}
+
+/// The same, with this to become of their connections.
+pub async fn restore_units_with(
+    systemd: &Systemd,
+    criu: &Criu,
+    units: &[(String, PathBuf)],
+    limit: Duration,
+    connections: Connections,
 ) -> Result<Vec<Restored>, UnitError> {
     let begun = Instant::now();
     let (mut ready, mut errors) = (Vec::new(), Vec::new());
@@ -356,7 +378,7 @@ pub async fn restore_units(
     let mut drop_ins = Vec::new();
     for (service, image, dir) in &ready {
         let pid_file = pid_file_of(service);
-        let text = start_by_criu(service, image, criu.program(), dir, &pid_file, limit);
+        let text = start_by_criu(service, image, criu.program(), dir, &pid_file, (limit, connections));
         let _ = fs::remove_file(dir.join("restore.log"));
         drop_ins.push((service.id.clone(), STARTING, text));
     }

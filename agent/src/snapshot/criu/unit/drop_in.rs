@@ -13,13 +13,13 @@ use std::{
 use nix::fcntl::{Flock, FlockArg};
 
 use super::{
-    PRIVATE_TMP, RUNTIME_FILES, TAR, UnitImage,
+    Connections, PRIVATE_TMP, RUNTIME_FILES, TAR, UnitImage,
     error::{UnitError, file},
 };
 use crate::unit::manager::{Service, Systemd};
 
 /// Where units have drop-ins that are gone after a reboot.
-const RUNTIME: &str = "/run/systemd/system";
+pub(super) const RUNTIME: &str = "/run/systemd/system";
 /// The names of ours. They come last, so that they override all others.
 pub(super) const STOPPING: &str = "zz-ftd-dump.conf";
 pub(super) const STARTING: &str = "zz-ftd-restore.conf";
@@ -57,7 +57,7 @@ impl Placed {
     }
 }
 
-async fn reload(systemd: &Systemd) -> Result<(), UnitError> {
+pub(super) async fn reload(systemd: &Systemd) -> Result<(), UnitError> {
     let failed = |cause| UnitError::Systemd { what: "reloading", unit: "unit files".into(), cause };
     systemd.reload_files().await.map_err(failed)
 }
@@ -105,8 +105,12 @@ pub(super) fn start_by_criu(
     criu: &Path,
     dir: &Path,
     pid_file: &Path,
-    limit: Duration,
+    (limit, connections): (Duration, Connections),
 ) -> String {
+    let connections = match connections {
+        Connections::Keep => "--tcp-established",
+        Connections::Close => "--tcp-close",
+    };
     let path = |path: &Path| quoted(&path.display().to_string());
     let mut text = String::from("[Service]\n");
     let mut line = |args: std::fmt::Arguments<'_>| {
@@ -131,7 +135,7 @@ pub(super) fn start_by_criu(
     }
     let mut start = format!(
         "ExecStart=!{} --no-default-config restore --restore-detached --pidfile {} -D {} -v4 -o restore.log \
-         --manage-cgroups=ignore --network-lock nftables --tcp-established --file-locks --link-remap --ext-unix-sk",
+         --manage-cgroups=ignore --network-lock nftables {connections} --file-locks --link-remap --ext-unix-sk",
         path(criu),
         path(pid_file),
         path(dir)
@@ -247,9 +251,8 @@ mod tests {
             ..Service::default()
         };
         let pid_file = Path::new("/run/x.pid");
-        let limit = Duration::from_secs(30);
-        let text =
-            start_by_criu(&service, &image(), Path::new("/usr/sbin/criu"), dir.path(), pid_file, limit);
+        let with = (Duration::from_secs(30), Connections::Keep);
+        let text = start_by_criu(&service, &image(), Path::new("/usr/sbin/criu"), dir.path(), pid_file, with);
         for line in [
             "Type=forking",
             "PIDFile=/run/x.pid",
@@ -269,7 +272,7 @@ mod tests {
         // A unit without a view of its own gets none by us.
         let plain = UnitImage { own_mounts: false, journal: Vec::new(), nulls: Vec::new(), ..image() };
         let service = Service { protect_tunables: false, private_devices: false, ..service };
-        let text = start_by_criu(&service, &plain, Path::new("/c"), dir.path(), pid_file, limit);
+        let text = start_by_criu(&service, &plain, Path::new("/c"), dir.path(), pid_file, with);
         assert!(!text.contains("Paths=") && !text.contains("--inherit-fd"), "{text}");
     }
 }
