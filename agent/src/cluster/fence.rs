@@ -143,6 +143,17 @@ pub enum FenceError {
         /// The address.
         ip: IpAddr,
     },
+    /// Whether it is still configured cannot be told.
+    #[error(
+        "{ip} stays fenced: this host's addresses cannot be read: {error}. ftd needs AF_NETLINK (see security.md); try again"
+    )]
+    Interfaces {
+        /// The address.
+        ip: IpAddr,
+        /// Why.
+        #[source]
+        error: io::Error,
+    },
     /// It is still configured.
     #[error(
         "{ip} stays fenced: it is on {interface} of this host. Take it off first (ip addr del {ip} dev {interface})"
@@ -239,7 +250,7 @@ impl Fence {
 
     /// It is no service address of this host any more; refused while it is configured, for it would pass.
     pub fn forget(&mut self, ip: IpAddr) -> Result<(), FenceError> {
-        if let Some(interface) = configured_on(ip) {
+        if let Some(interface) = configured_on(ip)? {
             return Err(FenceError::Configured { ip, interface });
         }
         self.maps.remove(ip)
@@ -252,7 +263,7 @@ impl Fence {
             return Ok(());
         }
         for one in look(dir)?.unwrap_or_default() {
-            if let Some(interface) = configured_on(one.address) {
+            if let Some(interface) = configured_on(one.address)? {
                 return Err(FenceError::Configured { ip: one.address, interface });
             }
         }
@@ -291,14 +302,15 @@ fn home_of(dir: &Path) -> Result<PathBuf, FenceError> {
     }
 }
 
-/// The interface of this host that has it.
-fn configured_on(ip: IpAddr) -> Option<String> {
+/// The interface of this host that has it. Where that cannot be told, the fence must stay.
+fn configured_on(ip: IpAddr) -> Result<Option<String>, FenceError> {
     let has = |it: &nix::ifaddrs::InterfaceAddress| {
         let Some(address) = &it.address else { return false };
         address.as_sockaddr_in().map(|it| IpAddr::V4(it.ip())) == Some(ip)
             || address.as_sockaddr_in6().map(|it| IpAddr::V6(it.ip())) == Some(ip)
     };
-    getifaddrs().ok()?.find(has).map(|it| it.interface_name)
+    let mut all = getifaddrs().map_err(|errno| FenceError::Interfaces { ip, error: errno.into() })?;
+    Ok(all.find(has).map(|it| it.interface_name))
 }
 
 fn kernel(deed: &str, error: &(dyn std::error::Error + 'static)) -> FenceError {

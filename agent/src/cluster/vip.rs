@@ -23,7 +23,7 @@ use std::{io, net::IpAddr, time::Duration};
 
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use netlink_packet_route::{
-    address::{AddressAttribute, AddressHeaderFlags, AddressMessage},
+    address::{AddressAttribute, AddressFlags, AddressMessage},
     link::{LinkAttribute, LinkFlags, LinkLayerType},
 };
 pub use packet::Mac;
@@ -202,12 +202,16 @@ impl Network {
         Ok(self.addresses().await.map_err(ask)?.iter().any(|message| ip_of(message) == Some(ip)))
     }
 
-    /// Puts the address onto the interface; it may be there already. Usable at once, IPv6 too.
+    /// Puts the address onto the interface; it may be there already. Usable at once, IPv6 too. It brings no route along:
+    /// with a longer prefix than the host's own address has, that would have this host speak to its neighbours from the
+    /// service address, and cut it off from them when the fence closes.
     pub async fn add(&self, address: &Address, interface: &Interface) -> Result<(), VipError> {
         let mut request = self.handle.address().add(interface.index, address.ip, address.prefix);
+        let mut flags = AddressFlags::Noprefixroute;
         if address.ip.is_ipv6() {
-            request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
+            flags |= AddressFlags::Nodad;
         }
+        request.message_mut().attributes.push(AddressAttribute::Flags(flags));
         match request.execute().await {
             Err(error) if errno(&error) != Some(libc::EEXIST) => {
                 Err(VipError::Netlink { address: address.to_string(), deed: "added", error })

@@ -1,6 +1,10 @@
 //! The programs on interfaces: put there, taken up again, and kept when ftd is gone.
 
-use std::{fs, io, path::Path};
+use std::{
+    ffi::OsString,
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 use aya::{
     Ebpf,
@@ -19,6 +23,9 @@ use crate::cluster::vip::Interface;
 /// Program, direction, and what its pin is called, before the interface's number.
 const PROGRAMS: [(&str, TcAttachType, &str); 2] =
     [("fence_in", TcAttachType::Ingress, "in-"), ("fence_out", TcAttachType::Egress, "out-")];
+
+/// Before a pin's name, until it takes the place of another. A BPF file system allows no dots in names.
+const FRESH: &str = "new-";
 
 /// Of the filter, where there are no TCX links: before all others, and always the same, so that one can be replaced
 /// that another process has left.
@@ -81,8 +88,9 @@ fn attached(dir: &Path) -> Result<Vec<u32>, FenceError> {
     let mut found = Vec::new();
     for entry in fs::read_dir(dir).map_err(at)? {
         let name = entry.map_err(at)?.file_name();
-        let number =
-            PROGRAMS.iter().find_map(|(.., prefix)| name.to_str()?.strip_prefix(prefix)?.parse::<u32>().ok());
+        let Some(name) = name.to_str() else { continue };
+        let name = name.strip_prefix(FRESH).unwrap_or(name);
+        let number = PROGRAMS.iter().find_map(|(.., prefix)| name.strip_prefix(prefix)?.parse::<u32>().ok());
         found.extend(number);
     }
     found.sort_unstable();
@@ -91,7 +99,11 @@ fn attached(dir: &Path) -> Result<Vec<u32>, FenceError> {
 }
 
 fn forget(dir: &Path, index: u32) -> Result<(), FenceError> {
-    PROGRAMS.iter().try_for_each(|(.., prefix)| remove(&dir.join(format!("{prefix}{index}"))))
+    PROGRAMS.iter().try_for_each(|(.., prefix)| {
+        let pin = dir.join(format!("{prefix}{index}"));
+        remove(&fresh(&pin))?;
+        remove(&pin)
+    })
 }
 
 /// Takes the programs off all interfaces.
@@ -143,15 +155,27 @@ fn link(
         // The old program runs until the new one is in its place.
         match program.attach_to_link(old) {
             Ok(id) => return program.take_link(id).map(drop).map_err(|error| fail(&error)),
-            // The interface that it was on is gone, and this one has its number.
-            Err(_) => remove(pin)?,
+            // Most likely the interface that it was on is gone, and this one has its number. Should there be another
+            // reason, the old link goes only when the new one is in place: an interface is never bare.
+            Err(error) => tracing::debug!(%error, interface = name, "the link is made anew"),
         }
     }
     let options = TcAttachOptions::TcxOrder(LinkOrder::first());
     let id = program.attach_with_options(name, direction, options).map_err(|error| fail(&error))?;
     let link = program.take_link(id).map_err(|error| fail(&error))?;
     let link: FdLink = link.try_into().map_err(|error| fail(&error))?;
-    link.pin(pin).map(drop).map_err(|error| fail(&error))
+    let at = |error| FenceError::Dir { path: pin.to_owned(), error };
+    let fresh = fresh(pin);
+    remove(&fresh)?;
+    let _pinned = link.pin(&fresh).map_err(|error| fail(&error))?;
+    fs::rename(&fresh, pin).map_err(at)
+}
+
+/// What a link is pinned as until it has the name of the one before it.
+fn fresh(pin: &Path) -> PathBuf {
+    let mut name = OsString::from(FRESH);
+    name.push(pin.file_name().unwrap_or_default());
+    pin.with_file_name(name)
 }
 
 /// By a filter of the clsact queueing discipline, which lives with the interface. Its program's pin only says that it

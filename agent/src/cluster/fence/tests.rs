@@ -21,7 +21,10 @@ use super::{
     *,
 };
 use crate::{
-    cluster::vip::tests::{Host, on_a_thread_of_its_own, two_hosts},
+    cluster::vip::{
+        Announced,
+        tests::{Host, on_a_thread_of_its_own, two_hosts},
+    },
     config::address::Address,
 };
 
@@ -294,5 +297,36 @@ fn an_address_answers_only_with_a_lease() {
             assert!(both, "{text}: no program is left on the interface");
             ours.network.delete(address.ip).await.unwrap();
         }
+    });
+}
+
+/// An interface that went and came again under its old number: the dead links make room for new ones, under the same
+/// names, and the address is fenced there.
+#[test]
+fn an_interface_that_came_again_is_fenced_anew() {
+    on_a_thread_of_its_own(|| async {
+        let (ours, _theirs) = two_hosts().await;
+        let dir = bpffs();
+        let address = Address::parse("10.80.0.100/24").unwrap();
+        ours.enter();
+        let mut fence = Fence::open(dir.path()).unwrap();
+        let mut seen = Vec::new();
+        for _ in 0..3 {
+            ours.pair("eth1", "far1", 71).await;
+            ours.up("eth1", &["10.80.0.1/24"]).await;
+            ours.up("far1", &[]).await;
+            let here = ours.network.carrier(&address).await.unwrap();
+            assert_eq!(here.index, 71);
+            fence.admit(address.ip, &here).unwrap();
+            let before = fence.counters(address.ip).unwrap().dropped_out;
+            assert_eq!(here.announce(address.ip).await.unwrap(), Announced::Dropped);
+            assert!(fence.counters(address.ip).unwrap().dropped_out > before);
+            let mut names: Vec<_> =
+                fs::read_dir(fence_home(&dir)).unwrap().map(|it| it.unwrap().file_name()).collect();
+            names.sort();
+            seen.push(names);
+            ours.away(71).await;
+        }
+        assert!(seen.iter().all(|names| *names == seen[0]), "{seen:?}");
     });
 }

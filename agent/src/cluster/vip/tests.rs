@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use netlink_packet_route::address::AddressHeaderFlags;
 use nix::sched::{CloneFlags, setns, unshare};
 use rtnetlink::{LinkUnspec, LinkVeth};
 
@@ -32,6 +33,16 @@ impl Host {
     /// This thread is on this host from now on.
     pub(in crate::cluster) fn enter(&self) {
         setns(&self.namespace, CloneFlags::CLONE_NEWNET).unwrap();
+    }
+
+    /// A cable with both ends here, one of them under that number.
+    pub(in crate::cluster) async fn pair(&self, near: &str, far: &str, number: u32) {
+        let pair = LinkVeth::new(near, far).index(number).build();
+        self.network.handle.link().add(pair).execute().await.unwrap();
+    }
+
+    pub(in crate::cluster) async fn away(&self, number: u32) {
+        self.network.handle.link().del(number).execute().await.unwrap();
     }
 
     pub(in crate::cluster) async fn index(&self, name: &str) -> u32 {
@@ -115,6 +126,23 @@ fn a_probe_says_who_has_the_address() {
             assert!(!theirs.network.present(address.ip).await.unwrap());
             assert_eq!(here.probe(address.ip, WITHIN).await.unwrap(), None, "{text}");
         }
+    });
+}
+
+/// A service address in a smaller network than the host's own brings no route: the host speaks to its neighbours
+/// from its own address, and is not cut off from them when the fence closes.
+#[test]
+fn a_host_does_not_speak_from_the_service_address() {
+    on_a_thread_of_its_own(|| async {
+        let (ours, _theirs) = two_hosts().await;
+        let text = "10.77.0.100/28";
+        let address = Address::parse(text).unwrap();
+        let here = ours.network.carrier(&address).await.unwrap();
+        ours.network.add(&address, &here).await.unwrap();
+        ours.enter();
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.connect("10.77.0.98:9").unwrap();
+        assert_eq!(socket.local_addr().unwrap().ip().to_string(), "10.77.0.1");
     });
 }
 
