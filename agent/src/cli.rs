@@ -144,6 +144,8 @@ Example:
 The workload is under care on both nodes, and its units are stopped on the target. Until the target says that it
 runs, it stands still here, whole; whatever fails before lets it go on here.
 
+New: moves were seen to work; that every failure in the middle ends as it should is not proven on hosts yet.
+
 Examples:
   ftctl migrate web --to vm2 --dry-run   what would be in the way; touches nothing
   ftctl migrate web --to vm2
