@@ -255,10 +255,12 @@ impl Peers {
         self.core.reach(node).is_ok()
     }
 
-    /// The connection with this node, by a number; `None`: there is none. Another number: what was asked for on the one
-    /// before, and is not answered yet, may never be. A killed ftd and a cut link say no good-bye.
-    pub fn link_of(&self, node: &str) -> Option<usize> {
-        self.core.reach(node).ok().map(|live| live.connection.stable_id())
+    /// The run of ftd that this node is connected with, by a number; `None`: there is no connection. Another number: what
+    /// was asked of the run before, and is not answered yet, never will be. A killed ftd says no good-bye.
+    ///
+    /// A connection that takes another's place is no end: what is under way on the old one is done, or breaks by itself.
+    pub fn run_of(&self, node: &str) -> Option<u64> {
+        self.core.reach(node).ok().map(|live| live.hello.run)
     }
 
     /// Changes whenever a connection comes or goes: who waits for one looks again.

@@ -353,13 +353,13 @@ impl Source {
         halted.map(drop)
     }
 
-    /// Waits until there is not this connection with the target any more: a killed ftd and a cut link say no good-bye,
-    /// and what goes over the connection that there was does not end by that.
-    async fn parted(&self, link: Option<usize>) {
+    /// Waits until the target is not connected any more, or by another run of its ftd: a killed ftd says no good-bye, and
+    /// what goes over the connection that there was does not end by that.
+    async fn parted(&self, run: Option<u64>) {
         let mut changes = self.inner.peers.changes();
         loop {
             changes.borrow_and_update();
-            if self.inner.peers.link_of(&self.record.peer) != link {
+            if self.inner.peers.run_of(&self.record.peer) != run {
                 return;
             }
             if changes.changed().await.is_err() {
@@ -370,16 +370,16 @@ impl Source {
 
     /// Asks the target, for as long as there is the connection on which it was asked.
     async fn call<C: Call>(&self, request: &C, limit: Duration) -> Result<C::Answer, String> {
-        let (peer, link) = (&self.record.peer, self.inner.peers.link_of(&self.record.peer));
+        let (peer, run) = (&self.record.peer, self.inner.peers.run_of(&self.record.peer));
         tokio::select! {
             answer = self.inner.peers.call_for(peer, request, limit) => answer.map_err(|error| error.to_string()),
-            () = self.parted(link) => Err(format!("the connection with {peer} broke")),
+            () = self.parted(run) => Err(format!("the connection with {peer} broke")),
         }
     }
 
     async fn send(&self, dirs: Dirs) -> Result<Sending, Refused> {
         let streams = self.inner.config.cluster.streams.min(STREAMS);
-        let link = self.inner.peers.link_of(&self.record.peer);
+        let run = self.inner.peers.run_of(&self.record.peer);
         let (mut tasks, mut queues) = (JoinSet::new(), Vec::new());
         let limit = self.inner.config.cluster.transfer_within;
         for _ in 0..streams {
@@ -405,11 +405,11 @@ impl Source {
             let (dirs, sent) = (dirs.clone(), Arc::clone(&sent));
             tokio::task::spawn_blocking(move || stream::send(&dirs, queues, &sent))
         };
-        Ok(Sending { dirs, sent, reader, tasks, streams, link })
+        Ok(Sending { dirs, sent, reader, tasks, streams, run })
     }
 
     async fn sent_all(&self, sending: Sending) -> Result<(Files, usize), Refused> {
-        let Sending { dirs, sent, mut reader, mut tasks, streams, link } = sending;
+        let Sending { dirs, sent, mut reader, mut tasks, streams, run } = sending;
         let tell = || {
             self.progress.send_modify(|progress| {
                 progress.bytes = sent.raw.load(Ordering::Relaxed);
@@ -418,7 +418,7 @@ impl Source {
             });
         };
         let mut broken = None;
-        let parted = self.parted(link);
+        let parted = self.parted(run);
         tokio::pin!(parted);
         let files = loop {
             tokio::select! {
@@ -605,8 +605,8 @@ struct Sending {
     reader: tokio::task::JoinHandle<io::Result<Files>>,
     tasks: JoinSet<Result<(), String>>,
     streams: usize,
-    /// The connection.
-    link: Option<usize>,
+    /// The run of the target's ftd that takes it.
+    run: Option<u64>,
 }
 
 /// More streams than this gain nothing: the connection is bound by one CPU, and compression by the others.
