@@ -153,7 +153,7 @@ impl Toolchain {
         if found.is_empty() {
             return Err("No toolchain for the BPF programs: neither rustup's nightly with rust-src and \
                  bpf-linker, nor Debian's rustc-web with libstd-rust-web-dev-bpf and bpf-linker.\n\
-                 Run: cargo xtask setup   (or set FTD_EBPF_OBJ to a built agent-ebpf object)"
+                 Run: cargo xtask setup   (or set FTD_EBPF_OBJ to a built agent-ebpf, with fence beside it)"
                 .into());
         }
         Ok(found)

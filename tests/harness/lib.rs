@@ -40,6 +40,7 @@ pub mod criu;
 pub mod doctor;
 pub mod enter;
 pub mod events;
+pub mod ftctl;
 pub mod host;
 pub mod journal;
 pub mod lab;

@@ -7,6 +7,7 @@
 
 use std::time::{Duration, Instant};
 
+use harness::ftctl::json;
 use harness::{BootOptions, Events, Host, Lab};
 use serde_json::Value;
 
@@ -67,11 +68,6 @@ fn tree(host: &Host) -> String {
     host.sh("cd /etc && find nginx default/nginx -printf '%p %y %m %U:%G %T@ %l\\n' | sort && \
              find nginx default/nginx -type f -print0 | sort -z | xargs -0 sha256sum")
         .unwrap()
-}
-
-fn json(host: &Host, words: &[&str]) -> Value {
-    let out = host.run([&["ftctl", "--json"], words].concat()).unwrap();
-    serde_json::from_str(&out.stdout).unwrap_or_else(|error| panic!("{words:?}: {error}: {out:?}"))
 }
 
 #[test]

@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use harness::criu::{self, WORKER, WORKER_PORT};
+use harness::ftctl::{json, refused};
 use harness::{BootOptions, Events, Host, Lab, given, scaled};
 use serde_json::Value;
 
@@ -39,19 +40,6 @@ struct Pair {
     given: u64,
     /// What there is beside the services themselves, on each.
     traces: [BTreeSet<String>; 2],
-}
-
-fn json(host: &Host, words: &[&str]) -> Value {
-    let out = host.run([&["ftctl", "--json"], words].concat()).unwrap();
-    serde_json::from_str(&out.stdout).unwrap_or_else(|error| panic!("{words:?}: {error}: {out:?}"))
-}
-
-/// The error, with its mend, of a command that is refused.
-fn refused(host: &Host, words: &[&str]) -> String {
-    let out = host.run([&["ftctl"], words].concat()).unwrap();
-    assert_eq!(out.status.code(), Some(1), "{words:?}: {out:?}");
-    assert!(out.stderr.contains("mend: "), "{words:?}: {}", out.stderr);
-    out.stderr
 }
 
 /// Looks until it is so; for what nobody tells of.

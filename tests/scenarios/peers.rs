@@ -7,6 +7,7 @@
 
 use std::time::{Duration, Instant};
 
+use harness::ftctl::{json, refused};
 use harness::{BootOptions, Events, Host, Lab};
 use serde_json::Value;
 
@@ -28,19 +29,6 @@ fn boot(lab: &Lab, name: &str, more: &str) -> Host {
     let host = lab.boot(name, BootOptions::with_config(config(name, more))).unwrap();
     host.wait_running().unwrap();
     host
-}
-
-fn json(host: &Host, words: &[&str]) -> Value {
-    let out = host.run([&["ftctl", "--json"], words].concat()).unwrap();
-    serde_json::from_str(&out.stdout).unwrap_or_else(|error| panic!("{words:?}: {error}: {out:?}"))
-}
-
-/// The error, with its mend, of a command that is refused.
-fn refused(host: &Host, words: &[&str]) -> String {
-    let out = host.run([&["ftctl"], words].concat()).unwrap();
-    assert_eq!(out.status.code(), Some(1), "{words:?}: {out:?}");
-    assert!(out.stderr.contains("mend: "), "{words:?}: {}", out.stderr);
-    out.stderr
 }
 
 fn token(host: &Host, more: &[&str]) -> String {

@@ -283,18 +283,18 @@ impl Interface {
     }
 
     /// Announces it `times` times, `every` so long; ends early when `still` says that it is no longer here.
-    pub async fn announce_repeatedly(
+    pub async fn announce_repeatedly<S: Future<Output = bool>>(
         &self,
         ip: IpAddr,
         times: u32,
         every: Duration,
-        still: impl Fn() -> bool,
+        still: impl Fn() -> S,
     ) -> Result<(), VipError> {
         for turn in 0..times {
             if turn > 0 {
                 tokio::time::sleep(every).await;
             }
-            if !still() {
+            if !still().await {
                 break;
             }
             if self.announce(ip).await? == Announced::Dropped {

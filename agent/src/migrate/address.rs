@@ -46,17 +46,10 @@ pub(super) async fn take(address: Option<&str>, settings: &Cluster) -> Result<()
     network.add(&address, &interface).await.map_err(failed)?;
     let (times, every) = (settings.announce, settings.announce_every);
     tokio::spawn(async move {
-        for turn in 0..times {
-            if turn > 0 {
-                tokio::time::sleep(every).await;
-            }
-            // It may have moved on meanwhile.
-            if !network.present(address.ip).await.unwrap_or(false) {
-                return;
-            }
-            if let Err(error) = interface.announce(address.ip).await {
-                tracing::warn!(%error, "a service address is not announced");
-            }
+        // It may have moved on meanwhile.
+        let still = || async { network.present(address.ip).await.unwrap_or(false) };
+        if let Err(error) = interface.announce_repeatedly(address.ip, times, every, still).await {
+            tracing::warn!(%error, "a service address is not announced");
         }
     });
     Ok(())

@@ -27,7 +27,7 @@ const CARGO: &str = "/usr/bin/cargo";
 /// Debian's other packages of Rust, with which the above conflict.
 const RIVALS: [&str; 5] = ["rustc", "cargo", "rustup", "rustc-mozilla", "cargo-mozilla"];
 const WITHOUT_DEBIANS: &str = "They are for ftd's BPF programs, which can be had in other ways. Mend: \
-    `rustup toolchain install nightly --component rust-src`; or give a built agent-ebpf in FTD_EBPF_OBJ";
+    `rustup toolchain install nightly --component rust-src`; or give a built agent-ebpf, with fence beside it, in FTD_EBPF_OBJ";
 
 /// What is needed to build `agent-ebpf`, or nothing if its object is given.
 pub(super) fn steps() -> Vec<Box<dyn Step>> {

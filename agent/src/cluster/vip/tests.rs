@@ -165,8 +165,8 @@ fn an_announcement_changes_what_others_know() {
             ours.enter();
             // A kernel with locktime keeps an entry for a second against flapping (arp(7)), so once may be too early.
             let done = Cell::new(false);
-            let announce =
-                here.announce_repeatedly(address.ip, 50, Duration::from_millis(100), || !done.get());
+            let announce = here
+                .announce_repeatedly(address.ip, 50, Duration::from_millis(100), || async { !done.get() });
             let learn = async {
                 let end = Instant::now() + Duration::from_secs(4);
                 while known_mac(&theirs, address.ip).await != Some(here.mac) {

@@ -276,8 +276,8 @@ impl World {
         self.say(Input::JobDone(job, outcome), later);
     }
 
-    fn all_jobs_over(&mut self, result: &str) {
-        for job in std::mem::take(&mut self.jobs) {
+    fn jobs_over(&mut self, jobs: Vec<JobId>, result: &str) {
+        for job in jobs {
             self.job_over(job, JobOutcome::Ended(result.into()));
         }
     }
@@ -287,9 +287,7 @@ impl World {
     fn settled(&mut self, result: &str) {
         let jobs = std::mem::take(&mut self.jobs);
         self.tell();
-        for job in jobs {
-            self.job_over(job, JobOutcome::Ended(result.into()));
-        }
+        self.jobs_over(jobs, result);
     }
 
     // ---- systemd acts
@@ -441,7 +439,8 @@ impl World {
                 self.last_job += 1;
                 // It replaces what is queued.
                 self.start_after_stop = false;
-                self.all_jobs_over("canceled");
+                let jobs = std::mem::take(&mut self.jobs);
+                self.jobs_over(jobs, "canceled");
                 self.stop_job = true;
                 self.stop();
             }
