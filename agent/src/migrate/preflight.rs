@@ -290,7 +290,11 @@ pub(super) async fn in_the_way(inner: &Inner, from: &str, offer: &Offer) -> InTh
     }
     let (units, name) = (offer.units.clone(), here.to_owned());
     let looked = tokio::task::spawn_blocking(move || misfits(&units, &name)).await;
-    all.extend(looked.unwrap_or_default());
+    match looked {
+        Ok(misfits) => all.extend(misfits),
+        // What could not be looked at is not known to fit.
+        Err(error) => all.push((format!("{here}: {error}"), format!("see `journalctl -u ftd` on {here}"))),
+    }
     if let Err(error) = address::fits(offer.address.as_deref()).await {
         all.push((format!("{here}: {}", error.error), error.mend));
     }
